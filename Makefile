@@ -1,0 +1,55 @@
+# Every target creates what it needs in .venv; nothing has to be installed beforehand but
+# Python 3.10 or newer, and a C++ compiler if the kernels are to be compiled.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := edgeseg export calibration kernels
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test test-all lint format bench gpu clean
+
+demo: $(VENV)/.device
+	$(BIN)/edgeseg demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.cu' '*.h')
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.cu' '*.h')
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_upsample_argmax.py --json benchmarks/results/upsample_argmax.json
+	$(BIN)/python benchmarks/bench_end_to_end.py --json benchmarks/results/end_to_end.json
+	$(BIN)/python benchmarks/bench_start.py --json benchmarks/results/start.json
+
+# On a bare Linux machine with an NVIDIA GPU, CUDA, torch and nvcc; uses that machine's own Python.
+gpu:
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info edgeseg-demo kernels/*.so
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("EdgeSeg needs Python 3.10 or newer, and this is " + sys.version.split()[0] + "; name another with PYTHON=python3.11") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "The venv module is missing; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/.device: pyproject.toml setup.py requirements/device.txt kernels/cpu.cpp | $(VENV)/bin/python
+	$(PIP) install --quiet -r requirements/device.txt
+	$(PIP) install --quiet --no-deps --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.device requirements/dev.txt
+	$(PIP) install --quiet -r requirements/dev.txt
+	touch $@

@@ -1,0 +1,96 @@
+"""ONNX Runtime on the CPU: runs on every machine that Python runs on."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import onnxruntime
+
+from edgeseg.bundle import Bundle
+from edgeseg.engine.head import checked_input, run_head, wants_compiled_head
+from edgeseg.errors import EngineError
+from edgeseg.frame import Pixels
+from edgeseg.onnxfile import Head
+from edgeseg.result import Outputs
+from edgeseg.spec import ModelSpec
+
+__all__ = ["OnnxRuntimeEngine", "open_engine"]
+
+_ERRORS_ONLY = 3
+
+
+class OnnxRuntimeEngine:
+    """One graph in an ONNX Runtime session on the CPU."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, *, threads: int, compiled_head: bool) -> None:
+        self._spec = bundle.spec
+        self._head: Head | None = None
+        # The runtime would run the function body as it is; both engines get the same inlined form
+        # so that one test covers both.
+        if compiled_head:
+            content, self._head = bundle.model.without_head()
+        else:
+            content = bundle.model.inlined()
+        self._threads = threads or _default_threads()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        options.intra_op_num_threads = self._threads
+        try:
+            self._session = onnxruntime.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            # The runtime's exceptions share no base class but Exception.
+            raise EngineError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot open {bundle.model_path}: "
+                f"{str(error).strip().splitlines()[0]}; try --engine openvino"
+            ) from error
+        self._input = self._session.get_inputs()[0].name
+        self._names = [output.name for output in self._session.get_outputs()]
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The contract of the graph."""
+        return self._spec
+
+    @property
+    def description(self) -> str:
+        """One line: library, version, device, threads, head."""
+        head = "compiled" if self._head is not None else "in the graph"
+        return (
+            f"ONNX Runtime {onnxruntime.__version__}, CPU, {self._threads} threads, head {head}"
+        )
+
+    def run(self, pixels: Pixels) -> Outputs:
+        """See ``Engine.run``."""
+        image = checked_input(pixels, self._spec)
+        start = time.perf_counter_ns()
+        values = self._session.run(self._names, {self._input: image})
+        after = time.perf_counter_ns()
+        if self._head is None:
+            planes = [np.asarray(value)[0] for value in values]
+            return Outputs(planes[0], planes[1] if len(planes) > 1 else None, after - start)
+        class_map, confidence = run_head(self._head, np.asarray(values[0]), self._threads)
+        return Outputs(class_map, confidence, after - start, time.perf_counter_ns() - after)
+
+    def close(self) -> None:
+        """Lets the session go."""
+        del self._session
+
+
+def _default_threads() -> int:
+    """Processors this process may use; a container's share, not the whole machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def open_engine(bundle: Bundle, *, threads: int, compiled_head: bool | None) -> OnnxRuntimeEngine:
+    """The model of ``bundle`` on ONNX Runtime; EngineError when it cannot read the graph."""
+    return OnnxRuntimeEngine(
+        bundle, threads=threads, compiled_head=wants_compiled_head(compiled_head)
+    )

@@ -1,0 +1,99 @@
+"""OpenVINO on the CPU: the default where there is no NVIDIA GPU."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import openvino
+
+from edgeseg.bundle import Bundle
+from edgeseg.engine.head import checked_input, run_head, wants_compiled_head
+from edgeseg.errors import EngineError
+from edgeseg.frame import Pixels
+from edgeseg.onnxfile import Head
+from edgeseg.result import Outputs
+from edgeseg.spec import ModelSpec
+
+__all__ = ["OpenVinoEngine", "open_engine"]
+
+
+class OpenVinoEngine:
+    """One graph compiled by OpenVINO for the CPU, in the precision that the graph says.
+
+    OpenVINO's own default would lower fp32 to bf16 on processors that have it; here precision
+    lives in the graph, so the hint is fixed.
+    """
+
+    name = "openvino"
+
+    def __init__(self, bundle: Bundle, *, threads: int, compiled_head: bool) -> None:
+        self._spec = bundle.spec
+        self._head: Head | None = None
+        if compiled_head:
+            content, self._head = bundle.model.without_head()
+        else:
+            content = bundle.model.inlined()
+        options: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        if threads:
+            options["INFERENCE_NUM_THREADS"] = threads
+        try:
+            core = openvino.Core()
+            model = core.read_model(content)
+            compiled = core.compile_model(model, "CPU", options)
+        except RuntimeError as error:
+            raise EngineError(
+                f"OpenVINO {openvino.__version__} cannot open {bundle.model_path}: "
+                f"{_first_line(error)}; try --engine onnxruntime"
+            ) from error
+        self._request = compiled.create_infer_request()
+        self._threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
+        self._outputs = [self._request.get_output_tensor(i) for i in range(len(compiled.outputs))]
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The contract of the graph."""
+        return self._spec
+
+    @property
+    def description(self) -> str:
+        """One line: library, version, device, threads, head."""
+        version = openvino.__version__.split("-")[0]
+        head = "compiled" if self._head is not None else "in the graph"
+        return f"OpenVINO {version}, CPU, {self._threads} threads, head {head}"
+
+    def run(self, pixels: Pixels) -> Outputs:
+        """See ``Engine.run``."""
+        image = checked_input(pixels, self._spec)
+        start = time.perf_counter_ns()
+        # shared memory: the tensor borrows the frame, which lives until infer() returns
+        self._request.set_input_tensor(openvino.Tensor(image, shared_memory=True))
+        self._request.infer()
+        after = time.perf_counter_ns()
+        if self._head is None:
+            # The request's own buffers are overwritten by the next frame: give copies.
+            planes = [np.array(tensor.data[0]) for tensor in self._outputs]
+            return Outputs(planes[0], planes[1] if len(planes) > 1 else None, after - start)
+        class_map, confidence = run_head(self._head, self._outputs[0].data, self._threads)
+        return Outputs(class_map, confidence, after - start, time.perf_counter_ns() - after)
+
+    def close(self) -> None:
+        """Lets the compiled model go."""
+        self._outputs = []
+        del self._request
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def open_engine(bundle: Bundle, *, threads: int, compiled_head: bool | None) -> OpenVinoEngine:
+    """The model of ``bundle`` on OpenVINO; EngineError when it cannot read the graph."""
+    return OpenVinoEngine(
+        bundle, threads=threads, compiled_head=wants_compiled_head(compiled_head)
+    )

@@ -1,0 +1,299 @@
+"""An ONNX file as a device needs it: read its metadata, take off or write out its head.
+
+The device side does without the ``onnx`` package, and three things are all it has to do with the
+file itself: read ``metadata_props``; cut the graph before ``EdgeSegUpsampleArgmax``, so that the
+compiled kernel takes over; or replace that node by its function body, for libraries that know no
+model-local functions. Each is a matter of moving whole protobuf fields, so that is what this does:
+fields it has no business with are copied as they are, byte for byte.
+
+Field numbers: onnx/onnx.proto (ONNX IR 10). Wire format: the Protocol Buffers encoding guide.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeseg.errors import BundleError
+
+__all__ = ["HEAD", "Head", "OnnxFile"]
+
+#: op type of the upsampling head (domain ``edgeseg``)
+HEAD = "EdgeSegUpsampleArgmax"
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+_MODEL_GRAPH, _MODEL_METADATA, _MODEL_FUNCTION = 7, 14, 25
+_GRAPH_NODE, _GRAPH_OUTPUT = 1, 12
+_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
+_ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_REFERENCE = 1, 3, 21
+_FUNCTION_NAME, _FUNCTION_INPUT, _FUNCTION_OUTPUT, _FUNCTION_NODE = 1, 4, 5, 7
+_FLOAT = 1  # TensorProto.DataType
+
+#: one protobuf field: its number, its wire type, and its value (an int, or the bytes)
+Field = tuple[int, int, int, bytes]
+
+
+@dataclass(frozen=True)
+class Head:
+    """Attributes of the head that was cut off.
+
+    ``logits``: name of the float32 (1, classes, h, w) tensor that it read and that the cut graph
+    gives. ``height`` and ``width``: network size in pixels. ``confidence``: whether the graph also
+    promises a confidence map.
+    """
+
+    logits: str
+    height: int
+    width: int
+    align_corners: bool
+    confidence: bool
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """The bytes of one ONNX model; BundleError from any method if they are not what they should be."""
+
+    content: bytes
+    name: str = "the model"
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> OnnxFile:
+        """The file at ``path``; BundleError if it cannot be read."""
+        try:
+            return cls(Path(path).read_bytes(), str(path))
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read ({error.strerror})") from error
+
+    def metadata(self) -> dict[str, str]:
+        """``metadata_props``: key -> value."""
+        found = {}
+        for number, wire, _, value in self._fields(self.content):
+            if (number, wire) == (_MODEL_METADATA, _BYTES):
+                entry = {field[0]: field[3] for field in self._fields(value)}
+                found[entry.get(1, b"").decode("utf-8", "replace")] = entry.get(2, b"").decode(
+                    "utf-8", "replace"
+                )
+        return found
+
+    def without_head(self) -> tuple[bytes, Head]:
+        """A model that ends with the low-resolution logits, and what the head would have done.
+
+        The graph's outputs are replaced by the head's input; the head, whatever follows it, and
+        the function bodies are gone.
+        """
+        model, graph = self._parts()
+        nodes = [value for number, _, _, value in graph if number == _GRAPH_NODE]
+        heads = [node for node in nodes if self._text(node, _NODE_OP_TYPE) == HEAD]
+        if len(heads) != 1:
+            raise BundleError(f"{self.name} has {len(heads)} {HEAD} nodes where one is promised")
+        (head,) = heads
+        attributes = self._integers(head)
+        logits = self._texts(head, _NODE_INPUT)[0]
+        outputs = sum(number == _GRAPH_OUTPUT for number, _, _, _ in graph)
+        # Everything downstream of the head goes with it.
+        gone = set(self._texts(head, _NODE_OUTPUT))
+        kept = []
+        for node in nodes:
+            if node is head:
+                continue
+            if gone.intersection(self._texts(node, _NODE_INPUT)):
+                gone.update(self._texts(node, _NODE_OUTPUT))
+            else:
+                kept.append((_GRAPH_NODE, _BYTES, 0, node))
+        rest = [field for field in graph if field[0] not in (_GRAPH_NODE, _GRAPH_OUTPUT)]
+        output = (_GRAPH_OUTPUT, _BYTES, 0, _float_value_info(logits))
+        content = _joined(
+            [
+                *(f for f in model if f[0] not in (_MODEL_GRAPH, _MODEL_FUNCTION)),
+                (_MODEL_GRAPH, _BYTES, 0, _joined([*kept, *rest, output])),
+            ]
+        )
+        return content, Head(
+            logits=logits,
+            height=attributes["height"],
+            width=attributes["width"],
+            align_corners=bool(attributes["align_corners"]),
+            confidence=outputs > 1,
+        )
+
+    def inlined(self) -> bytes:
+        """The model with every call of a model-local function replaced by the function's body."""
+        model, graph = self._parts()
+        functions = {
+            self._text(value, _FUNCTION_NAME): value
+            for number, _, _, value in model
+            if number == _MODEL_FUNCTION
+        }
+        written: list[Field] = []
+        for index, field in enumerate(graph):
+            function = (
+                functions.get(self._text(field[3], _NODE_OP_TYPE))
+                if field[0] == _GRAPH_NODE
+                else None
+            )
+            if function is None:
+                written.append(field)
+            else:
+                written.extend(self._body(function, field[3], f"edgeseg_{index}_"))
+        return _joined(
+            [
+                *(f for f in model if f[0] not in (_MODEL_GRAPH, _MODEL_FUNCTION)),
+                (_MODEL_GRAPH, _BYTES, 0, _joined(written)),
+            ]
+        )
+
+    def _body(self, function: bytes, call: bytes, prefix: str) -> Iterator[Field]:
+        """The nodes of ``function`` with the names and attributes of ``call``."""
+        names = dict(
+            zip(self._texts(function, _FUNCTION_INPUT), self._texts(call, _NODE_INPUT), strict=False)
+        )
+        names.update(
+            zip(
+                self._texts(function, _FUNCTION_OUTPUT),
+                self._texts(call, _NODE_OUTPUT),
+                strict=False,
+            )
+        )
+        attributes = {
+            self._text(value, _ATTRIBUTE_NAME): value
+            for number, _, _, value in self._fields(call)
+            if number == _NODE_ATTRIBUTE
+        }
+        for number, _, _, node in self._fields(function):
+            if number == _FUNCTION_NODE:
+                yield _GRAPH_NODE, _BYTES, 0, self._bound(node, names, attributes, prefix)
+
+    def _bound(
+        self,
+        node: bytes,
+        names: Mapping[str, str],
+        attributes: Mapping[str, bytes],
+        prefix: str,
+    ) -> bytes:
+        written: list[Field] = []
+        for number, wire, integer, value in self._fields(node):
+            if number in (_NODE_INPUT, _NODE_OUTPUT):
+                name = value.decode()
+                # An empty name is an optional input left out; it stays empty.
+                value = (names.get(name, prefix + name) if name else "").encode()
+            elif number == _NODE_NAME:
+                value = (prefix + value.decode()).encode()
+            elif number == _NODE_ATTRIBUTE:
+                value = self._resolved(value, attributes)
+            written.append((number, wire, integer, value))
+        return _joined(written)
+
+    def _resolved(self, attribute: bytes, given: Mapping[str, bytes]) -> bytes:
+        """``attribute``, or, where it refers to one of the call's, that one under its name."""
+        reference = self._text(attribute, _ATTRIBUTE_REFERENCE)
+        if not reference:
+            return attribute
+        if reference not in given:
+            raise BundleError(f"{self.name}: the call of a function leaves out {reference}")
+        name = self._text(attribute, _ATTRIBUTE_NAME).encode()
+        return _joined(
+            [
+                (number, wire, integer, name if number == _ATTRIBUTE_NAME else value)
+                for number, wire, integer, value in self._fields(given[reference])
+            ]
+        )
+
+    def _parts(self) -> tuple[list[Field], list[Field]]:
+        model = list(self._fields(self.content))
+        graphs = [value for number, _, _, value in model if number == _MODEL_GRAPH]
+        if len(graphs) != 1:
+            raise BundleError(f"{self.name} is not an ONNX model")
+        return model, list(self._fields(graphs[0]))
+
+    def _integers(self, node: bytes) -> dict[str, int]:
+        """The attributes of ``node`` as integers; 0 where one has no integer value."""
+        found = {}
+        for number, _, _, value in self._fields(node):
+            if number == _NODE_ATTRIBUTE:
+                integers = [field[2] for field in self._fields(value) if field[0] == _ATTRIBUTE_INT]
+                found[self._text(value, _ATTRIBUTE_NAME)] = integers[0] if integers else 0
+        for name in ("height", "width", "align_corners"):
+            if name not in found:
+                raise BundleError(f"{self.name}: {HEAD} has no attribute {name}")
+        return found
+
+    def _texts(self, message: bytes, number: int) -> list[str]:
+        return [
+            value.decode("utf-8", "replace")
+            for found, wire, _, value in self._fields(message)
+            if found == number and wire == _BYTES
+        ]
+
+    def _text(self, message: bytes, number: int) -> str:
+        return next(iter(self._texts(message, number)), "")
+
+    def _fields(self, message: bytes) -> Iterator[Field]:
+        position = 0
+        end = len(message)
+        while position < end:
+            key, position = self._varint(message, position)
+            number, wire = key >> 3, key & 7
+            if wire == _VARINT:
+                integer, position = self._varint(message, position)
+                yield number, wire, integer, b""
+                continue
+            if wire == _BYTES:
+                size, position = self._varint(message, position)
+            elif wire in (_FIXED64, _FIXED32):
+                size = 8 if wire == _FIXED64 else 4
+            else:
+                raise self._damaged()
+            if number == 0 or position + size > end:
+                raise self._damaged()
+            yield number, wire, 0, message[position : position + size]
+            position += size
+
+    def _varint(self, message: bytes, position: int) -> tuple[int, int]:
+        value = 0
+        for shift in range(0, 70, 7):
+            if position >= len(message):
+                break
+            byte = message[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value, position
+        raise self._damaged()
+
+    def _damaged(self) -> BundleError:
+        return BundleError(
+            f"{self.name} is not a whole ONNX file: it is damaged, cut short, or something else; "
+            "export or copy it again"
+        )
+
+
+def _float_value_info(name: str) -> bytes:
+    """A ValueInfoProto: ``name``, float32, shape left to inference."""
+    tensor = _joined([(1, _VARINT, _FLOAT, b"")])
+    kind = _joined([(1, _BYTES, 0, tensor)])
+    return _joined([(1, _BYTES, 0, name.encode()), (2, _BYTES, 0, kind)])
+
+
+def _joined(fields: list[Field]) -> bytes:
+    pieces = []
+    for number, wire, integer, value in fields:
+        pieces.append(_encoded(number << 3 | wire))
+        if wire == _VARINT:
+            pieces.append(_encoded(integer))
+        else:
+            if wire == _BYTES:
+                pieces.append(_encoded(len(value)))
+            pieces.append(value)
+    return b"".join(pieces)
+
+
+def _encoded(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

@@ -1,0 +1,453 @@
+"""Frames in, results out: reading, inference and the caller's loop overlap, each in its thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, Literal, TypeVar
+
+import numpy as np
+
+from edgeseg.engine.base import Engine
+from edgeseg.errors import RequestError
+from edgeseg.frame import Frame, Pixels, checked_pixels
+from edgeseg.geometry import Geometry
+from edgeseg.result import SemanticResult
+from edgeseg.source import Source
+
+__all__ = ["STAGES", "Ledger", "MaskAge", "Pipeline", "Stage", "StageTimes", "Summary"]
+
+Stage = Literal["capture", "fit", "network", "head", "restore", "output"]
+
+#: what a frame goes through, in order
+STAGES: tuple[Stage, ...] = ("capture", "fit", "network", "head", "restore", "output")
+
+# How many of the latest frames the percentiles are made of: eleven minutes at 30 frames per
+# second, in about 1 MB.
+_REMEMBERED = 20_000
+
+# How long a thread may take to notice that it is to end, in seconds. A camera or a network that
+# hangs must not hang its reader's program; a network in the middle of a frame must be waited for,
+# because its engine may be closed next.
+_CAPTURE_GRACE_S = 3.0
+_INFERENCE_GRACE_S = 30.0
+
+# Waiting in slices keeps Ctrl-C working on Windows, where a wait without end ignores it.
+_SLICE_S = 0.5
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Percentiles of the time one stage takes per frame, in milliseconds."""
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+
+
+@dataclass(frozen=True)
+class MaskAge:
+    """Percentiles of the time from a frame's capture to its finished mask, in milliseconds."""
+
+    p50: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run amounted to; `Ledger` says how each figure is measured."""
+
+    fps: float
+    frames: int
+    dropped: int
+    stages: dict[Stage, StageTimes]
+    mask_age_ms: MaskAge
+
+    def to_dict(self) -> dict[str, object]:
+        """The summary in the shape of ``edgeseg profile --json``; stages in the order of a frame.
+
+        ``{"fps", "frames", "dropped", "stages": {name: {"p50_ms", "p95_ms", "p99_ms"}},
+        "mask_age_ms": {"p50", "p99"}}``
+        """
+        return {
+            "fps": self.fps,
+            "frames": self.frames,
+            "dropped": self.dropped,
+            "stages": {
+                name: {"p50_ms": times.p50_ms, "p95_ms": times.p95_ms, "p99_ms": times.p99_ms}
+                for name, times in self.stages.items()
+            },
+            "mask_age_ms": {"p50": self.mask_age_ms.p50, "p99": self.mask_age_ms.p99},
+        }
+
+
+class Ledger:
+    """Times and counts of one run; every method may be called from any thread.
+
+    ``capture`` is the time inside the source, waiting for a live one included; ``fit`` the resize
+    to network size; ``network`` and ``head`` what the engine reports (a head of 0 runs inside the
+    network); ``restore`` brings the class map back to frame size; ``output`` is drawing and
+    writing, which the caller records. Percentiles cover the latest 20 000 frames, counts all.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._times: dict[Stage, deque[int]] = {
+            stage: deque(maxlen=_REMEMBERED) for stage in STAGES
+        }
+        self._ages_ns: deque[int] = deque(maxlen=_REMEMBERED)
+        self._frames = 0
+        self._dropped = 0
+        self._superseded = 0
+        self._started_ns: int | None = None
+        self._stopped_ns: int | None = None
+        self._first_ns = 0
+        self._last_ns = 0
+
+    @property
+    def frames(self) -> int:
+        """Frames whose mask was finished."""
+        with self._lock:
+            return self._frames
+
+    @property
+    def dropped(self) -> int:
+        """Frames of a live source that were captured, and replaced by a newer one unprocessed."""
+        with self._lock:
+            return self._dropped
+
+    @property
+    def superseded(self) -> int:
+        """Finished masks of a live source that the caller was too slow to take."""
+        with self._lock:
+            return self._superseded
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run was started, until it ended; 0 before it starts."""
+        with self._lock:
+            if self._started_ns is None:
+                return 0.0
+            until_ns = time.monotonic_ns() if self._stopped_ns is None else self._stopped_ns
+            return (until_ns - self._started_ns) / 1e9
+
+    def fps(self) -> float:
+        """Finished masks per second: (frames - 1) over the time from the first to the last one.
+
+        The steady state: opening the source and the first, cold frame are left out, everything
+        that a frame goes through is in. 0 before there are two masks.
+        """
+        with self._lock:
+            span_ns = self._last_ns - self._first_ns
+            return (self._frames - 1) * 1e9 / span_ns if span_ns > 0 else 0.0
+
+    def record(self, stage: Stage, ns: int) -> None:
+        """Adds one frame's time in ``stage``, in nanoseconds."""
+        if stage not in self._times:
+            raise RequestError(f"the stages are {', '.join(STAGES)}, and {stage!r} came")
+        with self._lock:
+            self._times[stage].append(ns)
+
+    def count_finished(self, result: SemanticResult, restore_ns: int) -> None:
+        """Counts one finished mask, with the engine's times and its age."""
+        with self._lock:
+            self._times["network"].append(result.outputs.network_ns)
+            self._times["head"].append(result.outputs.head_ns)
+            self._times["restore"].append(restore_ns)
+            self._ages_ns.append(result.finished_ns - result.frame.captured_ns)
+            if self._frames == 0:
+                self._first_ns = result.finished_ns
+            self._last_ns = result.finished_ns
+            self._frames += 1
+
+    def count_dropped(self) -> None:
+        """Counts one captured frame that was not processed."""
+        with self._lock:
+            self._dropped += 1
+
+    def count_superseded(self) -> None:
+        """Counts one finished mask that was not taken."""
+        with self._lock:
+            self._superseded += 1
+
+    def start(self) -> None:
+        """Marks the beginning of the run."""
+        with self._lock:
+            self._started_ns = time.monotonic_ns()
+
+    def stop(self) -> None:
+        """Marks the end of the run; the first call counts."""
+        with self._lock:
+            if self._stopped_ns is None:
+                self._stopped_ns = time.monotonic_ns()
+
+    def percentiles(self, stage: Stage) -> tuple[float, float, float]:
+        """(p50, p95, p99) of one stage in milliseconds; zeros when nothing was recorded."""
+        with self._lock:
+            times = list(self._times[stage])
+        p50, p95, p99 = _percentiles_ms(times, (50, 95, 99))
+        return p50, p95, p99
+
+    def summary(self) -> Summary:
+        """The figures so far; a stage that nobody recorded is left out."""
+        with self._lock:
+            recorded = [stage for stage in STAGES if self._times[stage]]
+            ages_ns = list(self._ages_ns)
+            frames, dropped = self._frames, self._dropped
+        p50, p99 = _percentiles_ms(ages_ns, (50, 99))
+        return Summary(
+            fps=self.fps(),
+            frames=frames,
+            dropped=dropped,
+            stages={stage: StageTimes(*self.percentiles(stage)) for stage in recorded},
+            mask_age_ms=MaskAge(p50, p99),
+        )
+
+
+class Pipeline:
+    """The results of a source's frames, in order; iterate it once.
+
+    A capture thread reads and fits frames, an inference thread makes masks, the caller's loop
+    draws and writes. From a file or a folder nothing is dropped: at most ``depth`` frames wait
+    between two stages. From a live source the newest frame wins: one that was not processed when
+    the next came is dropped and counted, and so is a mask that the caller did not take in time.
+
+    ``max_frames`` ends the iteration after so many results. What goes wrong in a thread is raised
+    in the caller's loop, after the results that were finished before. Use it in ``with``: leaving
+    the block, however that happens, ends the threads and closes the source (not the engine)::
+
+        with Pipeline(engine, source) as results:
+            for result in results:
+                sink.write(result)
+    """
+
+    def __init__(
+        self, engine: Engine, source: Source, *, depth: int = 2, max_frames: int | None = None
+    ) -> None:
+        if depth < 1:
+            raise RequestError(f"the depth of a pipeline is at least 1, and {depth} came")
+        if max_frames is not None and max_frames < 1:
+            raise RequestError(f"the number of frames is at least 1, and {max_frames} came")
+        self._engine = engine
+        self._source = source
+        self._max_frames = max_frames
+        self._ledger = Ledger()
+        newest_only = source.live
+        self._fitted: _Channel[_Fitted] = _Channel(1 if newest_only else depth, newest_only)
+        self._results: _Channel[SemanticResult] = _Channel(1 if newest_only else depth, newest_only)
+        self._threads: list[tuple[threading.Thread, float]] = []
+        self._started = False
+        self._closed = False
+
+    @property
+    def ledger(self) -> Ledger:
+        """Times and counts, readable during the run and afterwards."""
+        return self._ledger
+
+    @property
+    def source(self) -> Source:
+        """Where the frames come from."""
+        return self._source
+
+    def __iter__(self) -> Iterator[SemanticResult]:
+        """Starts the threads at the first result; raises RequestError the second time."""
+        if self._started or self._closed:
+            raise RequestError("a pipeline runs once; make a new one, with a newly opened source")
+        self._started = True
+        return self._run()
+
+    def close(self) -> None:
+        """Ends the threads and closes the source; a second call does nothing.
+
+        Waits a few seconds at most for a source that hangs; its thread then ends by itself when
+        the source lets go, and never keeps the program from ending.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._fitted.abandon()
+        self._results.abandon()
+        self._source.close()
+        for thread, grace_s in self._threads:
+            if thread.is_alive():
+                thread.join(grace_s)
+        self._ledger.stop()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(self) -> Iterator[SemanticResult]:
+        if self._closed:
+            return
+        capture = threading.Thread(target=self._capture, name="edgeseg-capture", daemon=True)
+        inference = threading.Thread(target=self._infer, name="edgeseg-inference", daemon=True)
+        self._threads = [(capture, _CAPTURE_GRACE_S), (inference, _INFERENCE_GRACE_S)]
+        self._ledger.start()
+        try:
+            capture.start()
+            inference.start()
+            taken = 0
+            while (result := self._results.get()) is not None:
+                yield result
+                # Not kept while waiting for the next: a result holds a whole frame.
+                del result
+                taken += 1
+                if taken == self._max_frames:
+                    break
+        finally:
+            self.close()
+
+    def _capture(self) -> None:
+        """Body of the capture thread: source -> fitted frames."""
+        error: BaseException | None = None
+        try:
+            geometries: dict[tuple[int, int], Geometry] = {}
+            for frame in self._timed(self._source):
+                started_ns = time.perf_counter_ns()
+                size = checked_pixels(frame.pixels).shape[:2]
+                geometry = geometries.get((size[0], size[1]))
+                if geometry is None:
+                    geometry = Geometry.between(size[0], size[1], self._engine.spec)
+                    geometries[(size[0], size[1])] = geometry
+                fitted = _Fitted(frame, geometry, geometry.fit(frame.pixels))
+                self._ledger.record("fit", time.perf_counter_ns() - started_ns)
+                if self._fitted.put(fitted):
+                    self._ledger.count_dropped()
+        except BaseException as raised:
+            error = raised
+        finally:
+            self._fitted.finish(error)
+
+    def _timed(self, frames: Iterable[Frame]) -> Iterator[Frame]:
+        """The frames that are to be processed, the time inside the source recorded."""
+        # From a live source any number of frames may be dropped before enough were processed.
+        limit = None if self._source.live else self._max_frames
+        iterator = iter(frames)
+        read = 0
+        while read != limit and not self._fitted.abandoned:
+            started_ns = time.perf_counter_ns()
+            frame = next(iterator, None)
+            if frame is None:
+                return
+            self._ledger.record("capture", time.perf_counter_ns() - started_ns)
+            read += 1
+            yield frame
+
+    def _infer(self) -> None:
+        """Body of the inference thread: fitted frames -> results."""
+        error: BaseException | None = None
+        try:
+            engine, spec = self._engine, self._engine.spec
+            while (fitted := self._fitted.get()) is not None:
+                outputs = engine.run(fitted.pixels)
+                started_ns = time.perf_counter_ns()
+                result = SemanticResult.from_outputs(outputs, fitted.frame, fitted.geometry, spec)
+                self._ledger.count_finished(result, time.perf_counter_ns() - started_ns)
+                if self._results.put(result):
+                    self._ledger.count_superseded()
+        except BaseException as raised:
+            error = raised
+            # The capture thread may be waiting for room that nobody will make.
+            self._fitted.abandon()
+        finally:
+            self._results.finish(error)
+
+
+def _percentiles_ms(times_ns: Sequence[int], ranks: Sequence[float]) -> list[float]:
+    if not times_ns:
+        return [0.0] * len(ranks)
+    return [float(value) / 1e6 for value in np.percentile(np.asarray(times_ns), ranks)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """A frame on its way to the engine; ``pixels`` are at network size."""
+
+    frame: Frame
+    geometry: Geometry
+    pixels: Pixels
+
+
+class _Channel(Generic[_Item]):
+    """A hand-over between two threads: holds at most ``capacity`` items.
+
+    When it is full, ``put`` waits for room; with ``newest_only`` it replaces the oldest instead.
+    """
+
+    def __init__(self, capacity: int, newest_only: bool) -> None:
+        self._items: deque[_Item] = deque()
+        self._capacity = capacity
+        self._newest_only = newest_only
+        self._changed = threading.Condition()
+        self._finished = False
+        self._abandoned = False
+        self._error: BaseException | None = None
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody takes items any more."""
+        return self._abandoned
+
+    def put(self, item: _Item) -> bool:
+        """Hands ``item`` over; True when it took the place of one that nobody had taken."""
+        with self._changed:
+            if self._newest_only:
+                replaced = len(self._items) == self._capacity and not self._abandoned
+                if replaced:
+                    self._items.popleft()
+            else:
+                replaced = False
+                while len(self._items) == self._capacity and not self._abandoned:
+                    self._changed.wait(_SLICE_S)
+            if not self._abandoned:
+                self._items.append(item)
+                self._changed.notify_all()
+            return replaced
+
+    def get(self) -> _Item | None:
+        """The next item, waited for; None at the end. Raises what `finish` was given."""
+        with self._changed:
+            while not self._items and not self._finished and not self._abandoned:
+                self._changed.wait(_SLICE_S)
+            if self._abandoned:
+                return None
+            if self._items:
+                item = self._items.popleft()
+                self._changed.notify_all()
+                return item
+            # Handed on, not kept: an error holds its traceback, and that holds whole frames.
+            error, self._error = self._error, None
+        if error is None:
+            return None
+        try:
+            raise error
+        finally:
+            del error
+
+    def finish(self, error: BaseException | None) -> None:
+        """No more items come; ``error``, if any, is raised after the last one was taken."""
+        with self._changed:
+            self._finished = True
+            self._error = error
+            self._changed.notify_all()
+
+    def abandon(self) -> None:
+        """Nobody takes items any more: drops what is there and wakes all who wait."""
+        with self._changed:
+            self._abandoned = True
+            self._items.clear()
+            self._changed.notify_all()

@@ -1,0 +1,114 @@
+"""What a user gets for one frame."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.draw import draw_classes
+from edgeseg.errors import RequestError
+from edgeseg.frame import Frame, Pixels
+from edgeseg.geometry import Geometry
+from edgeseg.spec import ModelSpec
+
+__all__ = ["Outputs", "SemanticResult"]
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What an engine gives for one frame, at network size.
+
+    ``class_map``: (height, width) uint8. ``confidence``: the same shape, probability of the winner
+    times 255, or None when the graph has no such output. Both belong to the caller.
+    ``network_ns`` is the time in the network, ``head_ns`` in the upsampling kernel (0 when the
+    head runs inside the network's graph).
+    """
+
+    class_map: NDArray[np.uint8]
+    confidence: NDArray[np.uint8] | None = None
+    network_ns: int = 0
+    head_ns: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class SemanticResult:
+    """The classes of one frame.
+
+    The arrays belong to the user; nothing overwrites them later.
+    """
+
+    frame: Frame
+    spec: ModelSpec
+    geometry: Geometry
+    outputs: Outputs
+    finished_ns: int = field(default_factory=time.monotonic_ns)
+
+    @classmethod
+    def from_outputs(
+        cls, outputs: Outputs, frame: Frame, geometry: Geometry, spec: ModelSpec
+    ) -> SemanticResult:
+        """The result of ``frame``, finished now, its class map already at frame size."""
+        result = cls(frame=frame, spec=spec, geometry=geometry, outputs=outputs)
+        # A mask is finished when it is at frame size: bring it there before the clock is read.
+        _ = result.class_map
+        object.__setattr__(result, "finished_ns", time.monotonic_ns())
+        return result
+
+    @cached_property
+    def class_map(self) -> NDArray[np.uint8]:
+        """Class of every pixel of the frame: (frame height, frame width) uint8."""
+        return self.geometry.restore(self.outputs.class_map)
+
+    @cached_property
+    def confidence(self) -> NDArray[np.uint8] | None:
+        """Probability x 255 of each pixel's class, at frame size, or None (not exported)."""
+        if self.outputs.confidence is None:
+            return None
+        return self.geometry.restore(self.outputs.confidence)
+
+    @property
+    def index(self) -> int:
+        """Number of the frame in its source."""
+        return self.frame.index
+
+    @property
+    def age_ms(self) -> float:
+        """Milliseconds from the frame's capture to its finished mask."""
+        return (self.finished_ns - self.frame.captured_ns) / 1e6
+
+    def mask(self, name: str) -> NDArray[np.bool_]:
+        """Where the class ``name`` is: (frame height, frame width) bool."""
+        if name not in self.spec.classes:
+            raise RequestError(
+                f"the classes of {self.spec.name} are {', '.join(self.spec.classes)}, "
+                f"and {name!r} came"
+            )
+        found: NDArray[np.bool_] = self.class_map == self.spec.classes.index(name)
+        return found
+
+    def shares(self) -> dict[str, float]:
+        """Share of the frame that each class covers, 0 to 1, every class named."""
+        counts = np.bincount(self.class_map.ravel(), minlength=len(self.spec.classes))
+        return {
+            name: float(count) / self.class_map.size
+            for name, count in zip(self.spec.classes, counts, strict=False)
+        }
+
+    def draw(self, *, opacity: float = 0.5, legend: bool = True) -> Pixels:
+        """The frame with its classes blended over it, BGR; a new array.
+
+        ``opacity`` 0 shows the frame alone, 1 the classes alone. ``legend`` adds the names of the
+        classes that are in the picture.
+        """
+        return draw_classes(
+            self.frame.pixels,
+            self.class_map,
+            names=self.spec.classes,
+            colours=self.spec.colours,
+            opacity=opacity,
+            legend=legend,
+        )

@@ -1,0 +1,425 @@
+"""A PyTorch network as one self-describing ONNX graph with the device contract.
+
+``image`` uint8 (1, H, W, 3) BGR in, ``class_map`` uint8 (1, H, W) out, everything between them in
+the graph. Initializers keep their state_dict names, so the file is also a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from onnxscript import optimizer
+from torch import Tensor, nn
+
+from edgeseg.bundle import GOLDEN_KEY, SHIPPED, SPEC_KEY, WEIGHTS_KEY, Bundle
+from edgeseg.errors import BundleError, RequestError, WeightsError
+from edgeseg.export.models import SemanticNetwork
+from edgeseg.golden import Golden, golden_image
+from edgeseg.onnxfile import HEAD
+from edgeseg.spec import ModelSpec, Preprocessing
+
+__all__ = ["Export", "export_network", "weights_of_bundle"]
+
+OPSET = 18
+IR_VERSION = 8
+DOMAIN = "edgeseg"
+# Names of everything that is no weight of the network begin with this, so that the rest of the
+# initializers is the state_dict.
+_OURS = "edgeseg."
+_GOLDEN_SEEDS = 8
+
+
+@dataclass(frozen=True)
+class Export:
+    """What ``export_network`` made: the model, and its hash as written."""
+
+    model: onnx.ModelProto
+    golden: Golden
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes the model to ``path``, whole or not at all."""
+        path = Path(path)
+        beside = path.with_name(path.name + ".part")
+        try:
+            beside.write_bytes(self.model.SerializeToString(deterministic=True))
+            beside.replace(path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise BundleError(f"{path} cannot be written ({error.strerror})") from error
+
+
+class _LowResolution(nn.Module):
+    """The part of a network that is traced: normalised image -> logits before the upsampling."""
+
+    def __init__(self, network: SemanticNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network.low_resolution_logits(x)
+
+
+def export_network(
+    network: SemanticNetwork,
+    spec: ModelSpec,
+    *,
+    half_weights: bool = False,
+    source_sha256: str = "",
+) -> Export:
+    """``network`` (in eval mode) as an ONNX model that keeps ``spec``'s contract.
+
+    ``half_weights`` stores kernels as fp16 with a Cast to fp32 behind each; arithmetic stays fp32.
+    ``source_sha256`` identifies the checkpoint in the metadata.
+
+    RequestError when the size of ``spec`` does not suit the network.
+    """
+    stride = network.stride
+    if spec.height % stride or spec.width % stride:
+        raise RequestError(
+            f"{spec.architecture} takes sizes that are multiples of {stride}, "
+            f"and {spec.height}x{spec.width} came"
+        )
+    graph = _traced(network, spec)
+    _write_names(graph)
+    _drop_zero_biases(graph)
+    flipped: tuple[str, ...] = ()
+    if spec.preprocessing.order == "rgb":
+        flipped = network.image_convolutions
+        _flip_channels(graph, flipped)
+    _prepend_image(graph, spec)
+    if half_weights:
+        _store_as_half(graph)
+    function = _append_head(graph, spec, align_corners=network.align_corners)
+    model = helper.make_model(
+        graph,
+        functions=[function],
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
+        ir_version=IR_VERSION,
+        producer_name="edgeseg",
+    )
+    folded = {"flipped": list(flipped), "sha256": source_sha256}
+    golden = _golden(model, spec)
+    helper.set_model_props(
+        model,
+        {
+            SPEC_KEY: spec.to_json(),
+            GOLDEN_KEY: golden.to_json(),
+            WEIGHTS_KEY: json.dumps(folded, sort_keys=True),
+        },
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return Export(model, golden)
+
+
+def _traced(network: SemanticNetwork, spec: ModelSpec) -> onnx.GraphProto:
+    """The network between normalised image and logits, with batch norms still in it.
+
+    The exporter's own optimiser would fold them into the convolutions, and the weights could no
+    longer be trained further; every engine folds them when it opens the file. So only constants
+    are folded here.
+    """
+    example = torch.zeros(1, 3, spec.height, spec.width)
+    noisy = logging.getLogger("torch.onnx")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                _LowResolution(network).eval(),
+                (example,),
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                input_names=["edgeseg.x"],
+                output_names=["edgeseg.logits"],
+                verbose=False,
+            )
+            assert program is not None
+            optimizer.fold_constants(
+                program.model, input_size_limit=4096, output_size_limit=4096
+            )
+            optimizer.remove_unused_nodes(program.model)
+    finally:
+        noisy.setLevel(level)
+    graph: onnx.GraphProto = program.model_proto.graph
+    return graph
+
+
+def _write_names(graph: onnx.GraphProto) -> None:
+    """State_dict names for the weights, short names of our own for the rest; no tracing notes."""
+    prefix = "network."
+    # The exporter stores one array once, however many names it has; other names are constants.
+    renamed = {}
+    for tensor in graph.initializer:
+        renamed[tensor.name] = (
+            tensor.name.removeprefix(prefix)
+            if tensor.name.startswith(prefix)
+            else f"{_OURS}{tensor.name}"
+        )
+        tensor.name = renamed[tensor.name]
+    for node in graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+    del graph.value_info[:]
+    graph.name = "edgeseg"
+
+
+def _drop_zero_biases(graph: onnx.GraphProto) -> None:
+    """Takes away the zero biases that the exporter gives to convolutions without any."""
+    zeros = {
+        tensor.name
+        for tensor in graph.initializer
+        if tensor.name.startswith(_OURS) and not numpy_helper.to_array(tensor).any()
+    }
+    dropped = set()
+    for node in graph.node:
+        if node.op_type == "Conv" and len(node.input) == 3 and node.input[2] in zeros:
+            dropped.add(node.input[2])
+            del node.input[2]
+    still_used = {name for node in graph.node for name in node.input}
+    kept = [t for t in graph.initializer if t.name not in dropped or t.name in still_used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _flip_channels(graph: onnx.GraphProto, keys: tuple[str, ...]) -> None:
+    """Reverses the input channels of the kernels ``keys``: an RGB network then reads BGR."""
+    by_name = {tensor.name: tensor for tensor in graph.initializer}
+    for key in keys:
+        kernel = numpy_helper.to_array(by_name[key])
+        by_name[key].CopyFrom(
+            numpy_helper.from_array(np.ascontiguousarray(kernel[:, ::-1]), key)
+        )
+
+
+def _prepend_image(graph: onnx.GraphProto, spec: ModelSpec) -> None:
+    """Cast, layout and normalisation before the network; the graph's input becomes ``image``."""
+    offset, factor = normalisation(spec.preprocessing)
+    graph.initializer.append(
+        numpy_helper.from_array(offset.reshape(1, 3, 1, 1), f"{_OURS}mean_255")
+    )
+    graph.initializer.append(
+        numpy_helper.from_array(factor.reshape(1, 3, 1, 1), f"{_OURS}inverse_std_255")
+    )
+    nodes = [
+        helper.make_node("Cast", ["image"], [f"{_OURS}cast"], "cast", to=TensorProto.FLOAT),
+        helper.make_node(
+            "Transpose", [f"{_OURS}cast"], [f"{_OURS}planes"], "to_planes", perm=[0, 3, 1, 2]
+        ),
+        helper.make_node(
+            "Sub", [f"{_OURS}planes", f"{_OURS}mean_255"], [f"{_OURS}centred"], "centre"
+        ),
+        helper.make_node(
+            "Mul", [f"{_OURS}centred", f"{_OURS}inverse_std_255"], [f"{_OURS}x"], "scale"
+        ),
+    ]
+    rest = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *rest])
+    del graph.input[:]
+    graph.input.append(
+        helper.make_tensor_value_info(
+            "image", TensorProto.UINT8, [1, spec.height, spec.width, 3]
+        )
+    )
+
+
+def normalisation(preprocessing: Preprocessing) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(offset, factor), three values each in BGR order: ``(channel - offset) * factor``."""
+    mean = np.array(preprocessing.mean, dtype=np.float64)
+    std = np.array(preprocessing.std, dtype=np.float64)
+    if preprocessing.order == "rgb":
+        mean, std = mean[::-1], std[::-1]
+    return (mean * 255).astype(np.float32), (1 / (std * 255)).astype(np.float32)
+
+
+def _store_as_half(graph: onnx.GraphProto) -> None:
+    """Kernels as fp16 in the file, and a Cast behind each; vectors keep fp32 (they are small, and
+    a running variance may not fit fp16)."""
+    casts = []
+    renamed = {}
+    for tensor in graph.initializer:
+        if tensor.name.startswith(_OURS) or len(tensor.dims) < 2:
+            continue
+        array = numpy_helper.to_array(tensor)
+        half = array.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise WeightsError(f"{tensor.name} has values beyond fp16; export without half weights")
+        tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+        renamed[tensor.name] = f"{tensor.name}.fp32"
+        casts.append(
+            helper.make_node(
+                "Cast", [tensor.name], [renamed[tensor.name]], f"{tensor.name}.cast",
+                to=TensorProto.FLOAT,
+            )
+        )
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+    rest = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*casts, *rest])
+
+
+def _append_head(
+    graph: onnx.GraphProto, spec: ModelSpec, *, align_corners: bool
+) -> onnx.FunctionProto:
+    """The head's node, Casts to uint8 behind it, the outputs; returns the head's function body.
+
+    TensorRT plugins give no uint8, so the operator gives int32.
+    """
+    shape = [1, spec.height, spec.width]
+    outputs = ["class_map", *(["confidence"] if spec.confidence else [])]
+    logits = graph.output[0].name
+    graph.node.append(
+        helper.make_node(
+            HEAD,
+            [logits],
+            [f"{_OURS}{name}" for name in outputs],
+            "head",
+            domain=DOMAIN,
+            height=spec.height,
+            width=spec.width,
+            align_corners=int(align_corners),
+        )
+    )
+    del graph.output[:]
+    for name in outputs:
+        graph.node.append(
+            helper.make_node(
+                "Cast", [f"{_OURS}{name}"], [name], f"{name}_to_uint8", to=TensorProto.UINT8
+            )
+        )
+        graph.output.append(helper.make_tensor_value_info(name, TensorProto.UINT8, shape))
+    return head_function(confidence=spec.confidence, align_corners=align_corners)
+
+
+def head_function(*, confidence: bool, align_corners: bool) -> onnx.FunctionProto:
+    """``EdgeSegUpsampleArgmax`` in standard operators.
+
+    ``logits`` float32 (1, classes, h, w) -> ``class_map`` int32 (1, height, width) and, on request,
+    ``confidence`` int32 (1, height, width): probability of the winner times 255, rounded. The
+    attribute ``align_corners`` speaks to the compiled kernels; this body is written for one value.
+    """
+    mode = "align_corners" if align_corners else "half_pixel"
+    nodes = [
+        helper.make_node("Shape", ["logits"], ["outer"], "outer", start=0, end=2),
+        *_vector_of("height"),
+        *_vector_of("width"),
+        helper.make_node("Concat", ["outer", "height", "width"], ["sizes"], "sizes", axis=0),
+        helper.make_node(
+            "Resize",
+            ["logits", "", "", "sizes"],
+            ["scores"],
+            "upsample",
+            mode="linear",
+            coordinate_transformation_mode=mode,
+        ),
+        helper.make_node("ArgMax", ["scores"], ["winner"], "argmax", axis=1, keepdims=0),
+        helper.make_node("Cast", ["winner"], ["class_map"], "to_int32", to=TensorProto.INT32),
+    ]
+    outputs = ["class_map"]
+    if confidence:
+        outputs.append("confidence")
+        nodes += [
+            helper.make_node("Softmax", ["scores"], ["probabilities"], "softmax", axis=1),
+            helper.make_node("Constant", [], ["axis"], "axis", value_ints=[1]),
+            helper.make_node(
+                "ReduceMax", ["probabilities", "axis"], ["best"], "best", keepdims=0
+            ),
+            helper.make_node("Constant", [], ["full"], "full", value_float=255.0),
+            helper.make_node("Mul", ["best", "full"], ["scaled"], "scaled"),
+            helper.make_node("Round", ["scaled"], ["rounded"], "rounded"),
+            helper.make_node(
+                "Cast", ["rounded"], ["confidence"], "confidence", to=TensorProto.INT32
+            ),
+        ]
+    return helper.make_function(
+        DOMAIN,
+        HEAD,
+        ["logits"],
+        outputs,
+        nodes,
+        [helper.make_opsetid("", OPSET)],
+        attributes=["height", "width", "align_corners"],
+    )
+
+
+def _vector_of(attribute: str) -> list[onnx.NodeProto]:
+    """Nodes that turn the function's integer ``attribute`` into an int64 tensor (1,) of its name."""
+    constant = helper.make_node("Constant", [], [f"{attribute}_scalar"], f"{attribute}_scalar")
+    reference = onnx.AttributeProto()
+    reference.name = "value_int"
+    reference.type = onnx.AttributeProto.INT
+    reference.ref_attr_name = attribute
+    constant.attribute.append(reference)
+    shape = helper.make_node("Constant", [], [f"{attribute}_shape"], f"{attribute}_shape")
+    shape.attribute.append(helper.make_attribute("value_ints", [1]))
+    reshape = helper.make_node(
+        "Reshape", [f"{attribute}_scalar", f"{attribute}_shape"], [attribute], attribute
+    )
+    return [constant, shape, reshape]
+
+
+def _golden(model: onnx.ModelProto, spec: ModelSpec) -> Golden:
+    """The golden pair: of a few pictures, the one on which the model names most classes."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    best: tuple[float, Golden] | None = None
+    for seed in range(_GOLDEN_SEEDS):
+        image = golden_image(seed, spec.height, spec.width)[None]
+        class_map = np.asarray(session.run(["class_map"], {"image": image})[0])[0]
+        shares = np.bincount(class_map.ravel()) / class_map.size
+        entropy = -float(np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
+        if best is None or entropy > best[0]:
+            best = entropy, Golden.of(seed, class_map)
+    assert best is not None
+    return best[1]
+
+
+def weights_of_bundle(source: str | os.PathLike[str]) -> dict[str, Tensor] | None:
+    """The state_dict inside a bundle or ONNX file of EdgeSeg's, float32; None if there is none.
+
+    WeightsError when ``source`` exists and is no such thing.
+    """
+    if not Path(source).exists() and str(source) not in SHIPPED:
+        return None
+    try:
+        bundle = Bundle.open(source)
+    except BundleError as error:
+        raise WeightsError(f"no weights can be read from {source}: {error}") from error
+    model = onnx.load_model_from_string(bundle.model.content)
+    folded = json.loads(bundle.model.metadata().get(WEIGHTS_KEY, "{}"))
+    flipped = set(folded.get("flipped", ()))
+    weights = {}
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith(_OURS):
+            continue
+        array = numpy_helper.to_array(tensor).astype(np.float32)
+        if tensor.name in flipped:
+            array = array[:, ::-1]
+        weights[tensor.name] = torch.from_numpy(np.ascontiguousarray(array))
+    return weights
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Hash of a file, hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

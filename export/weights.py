@@ -1,0 +1,139 @@
+"""Checkpoints: state_dicts in, state_dicts out, with errors that name the keys."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgeseg.errors import WeightsError
+from edgeseg.export.models.semantic import SemanticNetwork
+
+__all__ = ["load_weights", "read_weights", "save_weights"]
+
+#: names under which training scripts wrap the state_dict
+_WRAPPERS = ("state_dict", "model_state", "model_state_dict", "model")
+#: what data-parallel training and compilation put before every key
+_PREFIXES = ("module.", "_orig_mod.")
+_SHOWN = 6
+
+
+def read_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state_dict in a checkpoint: key -> tensor.
+
+    ``source``: a ``.pt``/``.pth`` file, the name or folder of a bundle, its ``model.onnx``, or a
+    mapping. Wrappers (``state_dict``, ``model_state``) and prefixes (``module.``) are taken off.
+    WeightsError when the file is missing, damaged, or holds something else.
+    """
+    if isinstance(source, Mapping):
+        return _unwrapped(source, "the mapping")
+    path = Path(source)
+    if not path.exists() or path.is_dir() or path.suffix == ".onnx":
+        from edgeseg.export.onnx import weights_of_bundle  # noqa: PLC0415 - needs the onnx package
+
+        found = weights_of_bundle(source)
+        if found is not None:
+            return found
+        raise WeightsError(f"the checkpoint {path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch.load raises whatever its unpickler or zip reader meets first.
+        raise WeightsError(
+            f"the checkpoint {path} cannot be read: it is damaged, cut short, or holds more than "
+            "tensors; save it again with torch.save(model.state_dict(), ...)"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise WeightsError(
+            f"the checkpoint {path} holds a {type(content).__name__}, not a state_dict; "
+            "save it again with torch.save(model.state_dict(), ...)"
+        )
+    return _unwrapped(content, f"the checkpoint {path}")
+
+
+def _unwrapped(content: Mapping[str, Any], what: str) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS:
+        inner = content.get(wrapper)
+        if isinstance(inner, Mapping):
+            return _unwrapped(inner, what)
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise WeightsError(
+            f"{what} holds no tensors; its entries are {_listed(list(content)) or 'none'}"
+        )
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
+
+
+def load_weights(
+    model: SemanticNetwork, source: str | os.PathLike[str] | Mapping[str, Any]
+) -> SemanticNetwork:
+    """Fills ``model`` in place from a checkpoint (see ``read_weights``) and returns it.
+
+    Heads that only training uses may be absent from the checkpoint, and are passed over when the
+    model has none. Every other missing, unexpected or differently shaped key is a WeightsError
+    that names it; the model is then unchanged.
+    """
+    found = read_weights(source)
+    wanted = model.state_dict()
+    auxiliary = model.auxiliary_prefixes
+
+    def counts(key: str) -> bool:
+        # The counter of batches steers nothing after training; old checkpoints lack it.
+        return not key.startswith(auxiliary) and not key.endswith("num_batches_tracked")
+
+    missing = [key for key in wanted if key not in found and counts(key)]
+    unexpected = [
+        key
+        for key in found
+        if key not in wanted and not key.startswith(auxiliary)
+    ]
+    shapes = [
+        f"{key} {tuple(found[key].shape)} where {tuple(wanted[key].shape)} is wanted"
+        for key in wanted
+        if key in found and found[key].shape != wanted[key].shape
+    ]
+    complaints = []
+    if missing:
+        complaints.append(f"{len(missing)} keys are missing ({_listed(missing)})")
+    if unexpected:
+        complaints.append(f"{len(unexpected)} keys are unexpected ({_listed(unexpected)})")
+    if shapes:
+        complaints.append(f"{len(shapes)} shapes differ ({_listed(shapes)})")
+    if complaints:
+        what = "the mapping" if isinstance(source, Mapping) else f"the checkpoint {source}"
+        hint = (
+            "; is num_classes right?"
+            if shapes and not missing and not unexpected
+            else "; is it a checkpoint of another model?"
+        )
+        raise WeightsError(
+            f"{what} does not fit {type(model).__name__} with {model.num_classes} classes: "
+            + "; ".join(complaints)
+            + hint
+        )
+    model.load_state_dict({key: found[key] for key in wanted if key in found}, strict=False)
+    return model
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def save_weights(model: SemanticNetwork, path: str | os.PathLike[str]) -> None:
+    """Writes the state_dict of ``model`` to ``path``, whole or not at all; WeightsError if not."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".part")
+    try:
+        torch.save(model.state_dict(), beside)
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:
+        beside.unlink(missing_ok=True)
+        raise WeightsError(f"the checkpoint {path} cannot be written ({error})") from error

@@ -1,0 +1,496 @@
+"""EdgeSegUpsampleArgmax against float64 arithmetic, PyTorch and ONNX Runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgeseg import kernels
+from edgeseg.errors import KernelError, RequestError
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+HERE = Path(__file__).resolve().parent
+
+Logits = NDArray[np.float32]
+Map = NDArray[np.uint8]
+
+ALIGN_CORNERS = 1
+NO_SHORT_CUT = 2
+
+# classes, source height and width, target height and width
+CASES = [
+    pytest.param(19, 16, 32, 128, 256, id="x8"),
+    pytest.param(19, 16, 32, 64, 128, id="x4"),
+    pytest.param(11, 24, 30, 48, 60, id="x2"),
+    pytest.param(5, 6, 5, 96, 80, id="x16"),
+    pytest.param(3, 3, 2, 150, 140, id="x50-x70"),
+    pytest.param(19, 13, 17, 13, 17, id="x1"),
+    pytest.param(7, 11, 13, 33, 65, id="x3-x5"),
+    pytest.param(21, 9, 21, 50, 47, id="odd-factors"),
+    pytest.param(4, 1, 9, 16, 40, id="one-row"),
+    pytest.param(4, 9, 1, 40, 16, id="one-column"),
+    pytest.param(4, 1, 1, 5, 6, id="one-sample"),
+    pytest.param(1, 5, 6, 20, 24, id="one-class"),
+    pytest.param(2, 8, 8, 64, 64, id="two-classes"),
+    pytest.param(255, 5, 18, 21, 72, id="255-classes"),
+    pytest.param(6, 20, 30, 7, 11, id="smaller"),
+    pytest.param(6, 20, 8, 7, 64, id="smaller-and-larger"),
+    pytest.param(6, 12, 12, 1, 1, id="to-one-pixel"),
+    pytest.param(6, 12, 12, 1, 30, id="to-one-row"),
+]
+CONVENTIONS = [
+    pytest.param(False, id="half-pixel"),
+    pytest.param(True, id="align-corners"),
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library() -> None:
+    if not kernels.available():
+        try:
+            kernels.build()
+        except KernelError as error:
+            pytest.skip(f"the CPU kernels are not here and cannot be built: {error}")
+
+
+def random_logits(classes: int, height: int, width: int, seed: int = 0) -> Logits:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((classes, height, width)).astype(np.float32)
+
+
+def smooth_logits(classes: int, height: int, width: int, seed: int = 0) -> Logits:
+    """Random waves: regions of one class with soft borders, some winners beyond doubt."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    fields = np.zeros((classes, height, width))
+    for _ in range(3):
+        frequency_y, frequency_x, phase = rng.uniform(-0.4, 0.4, (3, classes, 1, 1))
+        fields += rng.normal(0, 6, (classes, 1, 1)) * np.cos(
+            frequency_y * y + frequency_x * x + 8 * phase
+        )
+    return fields.astype(np.float32)
+
+
+def quantized_logits(classes: int, height: int, width: int, seed: int = 0) -> Logits:
+    """Few distinct values, as from an INT8 layer: ties everywhere."""
+    logits = smooth_logits(classes, height, width, seed) * np.float32(0.25)
+    return (np.round(logits) * np.float32(0.37)).astype(np.float32)
+
+
+KINDS = [random_logits, smooth_logits, quantized_logits]
+
+
+def upsampled(logits: Logits, size: tuple[int, int], align_corners: bool) -> NDArray[np.float64]:
+    """Independent float64 bilinear upsampling."""
+
+    def axis(source: int, target: int) -> tuple[Any, Any, Any]:
+        position = np.arange(target, dtype=np.float64)
+        if align_corners:
+            at = position * (source - 1) / max(target - 1, 1)
+        else:
+            at = np.clip((position + 0.5) * source / target - 0.5, 0, source - 1)
+        near = np.floor(at).astype(int)
+        return near, np.minimum(near + 1, source - 1), at - near
+
+    values = logits.astype(np.float64)
+    top, bottom, down = axis(values.shape[1], size[0])
+    left, right, along = axis(values.shape[2], size[1])
+    rows = values[:, top] * (1 - down[:, None]) + values[:, bottom] * down[:, None]
+    return np.asarray(rows[:, :, left] * (1 - along) + rows[:, :, right] * along)
+
+
+def assert_wins(class_map: Map, values: NDArray[np.float64], tie: float) -> None:
+    """Each pixel has the winning class, or one whose value is within ``tie`` of the winner's."""
+    chosen = np.take_along_axis(values, class_map[None].astype(int), axis=0)[0]
+    behind = values.max(axis=0) - chosen
+    differs = class_map != values.argmax(axis=0)
+    assert class_map.shape == values.shape[1:]
+    assert behind[differs].max(initial=0.0) <= tie, f"{int((behind > tie).sum())} wrong pixels"
+
+
+def run(logits: Logits, size: tuple[int, int], flags: int = 0, threads: int = 1) -> Map:
+    """Class map and confidence, stacked, with raw flags."""
+    result = np.full((2, *size), 254, np.uint8)
+    kernels._run(np.ascontiguousarray(logits), result[0], result[1], flags, threads)
+    return result
+
+
+@pytest.mark.parametrize("align_corners", CONVENTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("classes", "height", "width", "target_height", "target_width"), CASES)
+def test_equals_float64(
+    kind: Callable[..., Logits],
+    classes: int,
+    height: int,
+    width: int,
+    target_height: int,
+    target_width: int,
+    align_corners: bool,
+) -> None:
+    logits = kind(classes, height, width)
+    size = (target_height, target_width)
+    values = upsampled(logits, size, align_corners)
+
+    class_map = kernels.upsample_argmax(logits, size, align_corners=align_corners)
+    same_map, confidence = kernels.upsample_argmax_confidence(
+        logits, size, align_corners=align_corners
+    )
+
+    # A float32 step at the size of the largest logit, where that is more than 1e-6.
+    tie = max(1e-6, 4 * 2**-24 * float(np.abs(logits).max()))
+    assert_wins(class_map, values, tie)
+    np.testing.assert_array_equal(same_map, class_map)
+    probability = 1 / np.exp(values - values.max(axis=0)).sum(axis=0)
+    assert np.abs(confidence - 255 * probability).max() <= 1.0
+    full = run(logits, size, NO_SHORT_CUT | (ALIGN_CORNERS if align_corners else 0))
+    np.testing.assert_array_equal(full[0], class_map)
+    np.testing.assert_array_equal(full[1], confidence)
+
+
+@pytest.mark.parametrize("align_corners", CONVENTIONS)
+@pytest.mark.parametrize(("classes", "height", "width", "target_height", "target_width"), CASES)
+def test_equals_torch(
+    classes: int,
+    height: int,
+    width: int,
+    target_height: int,
+    target_width: int,
+    align_corners: bool,
+) -> None:
+    torch = pytest.importorskip("torch", reason="compares with torch's interpolate")
+    logits = random_logits(classes, height, width, seed=1)
+    size = (target_height, target_width)
+    values = torch.nn.functional.interpolate(
+        torch.from_numpy(logits)[None].double(), size, mode="bilinear", align_corners=align_corners
+    )[0].numpy()
+    class_map = kernels.upsample_argmax(logits, size, align_corners=align_corners)
+    assert_wins(class_map, values, 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("convention", "align_corners"),
+    [
+        pytest.param("half_pixel", False, id="half-pixel"),
+        pytest.param("align_corners", True, id="align-corners"),
+    ],
+)
+@pytest.mark.parametrize(("classes", "height", "width", "target_height", "target_width"), CASES)
+def test_equals_onnxruntime(
+    classes: int,
+    height: int,
+    width: int,
+    target_height: int,
+    target_width: int,
+    convention: Literal["half_pixel", "align_corners"],
+    align_corners: bool,
+) -> None:
+    onnx = pytest.importorskip("onnx", reason="builds the Resize + ArgMax graph")
+    runtime = pytest.importorskip("onnxruntime", reason="compares with Resize + ArgMax")
+    sizes = np.array([1, classes, target_height, target_width], np.int64)
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node(
+                "Resize",
+                ["logits", "", "", "sizes"],
+                ["values"],
+                mode="linear",
+                coordinate_transformation_mode=convention,
+            ),
+            onnx.helper.make_node("ArgMax", ["values"], ["class_map"], axis=1, keepdims=0),
+        ],
+        "resize_argmax",
+        [onnx.helper.make_tensor_value_info("logits", 1, [1, classes, height, width])],
+        [onnx.helper.make_tensor_value_info("class_map", 7, [1, target_height, target_width])],
+        [onnx.numpy_helper.from_array(sizes, "sizes")],
+    )
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8
+    )
+    session = runtime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    logits = random_logits(classes, height, width, seed=2)
+    (expected,) = session.run(None, {"logits": logits[None]})
+
+    size = (target_height, target_width)
+    class_map = kernels.upsample_argmax(logits[None], size, align_corners=align_corners)
+
+    # ONNX Runtime computes source positions in float32, so pixels close to a tie may fall to
+    # either side; by how much depends on the position's error times the slope of the logits.
+    values = upsampled(logits, size, align_corners)
+    assert_wins(class_map, values, 2e-6)
+    assert_wins(expected[0].astype(np.uint8), values, 1e-4)
+    assert np.mean(expected[0] != class_map) < 1e-3
+
+
+@pytest.mark.parametrize("threads", [2, 3, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_give_the_same_bytes(kind: Callable[..., Logits], threads: int) -> None:
+    logits = kind(19, 23, 37)
+    one = run(logits, (101, 200), threads=1)
+    np.testing.assert_array_equal(run(logits, (101, 200), threads=threads), one)
+
+
+@pytest.mark.parametrize("align_corners", CONVENTIONS)
+@pytest.mark.parametrize("scale", [1.0, 1e-40, 1e-20, 1e4, 1e20, 1e37, 3e38])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(72, 104), (31, 95), (27, 39)])
+def test_short_cut_equals_every_class_at_every_pixel(
+    kind: Callable[..., Logits], scale: float, size: tuple[int, int], align_corners: bool
+) -> None:
+    logits = kind(9, 9, 13)
+    logits = (logits / np.abs(logits).max() * np.float64(scale)).astype(np.float32)
+    flags = ALIGN_CORNERS if align_corners else 0
+    short, full = run(logits, size, flags), run(logits, size, flags | NO_SHORT_CUT)
+    np.testing.assert_array_equal(short, full)
+
+
+def test_short_cut_keeps_ties_that_rounding_makes() -> None:
+    # One class is above another by the least that float32 can show: rounding makes them equal
+    # inside some cells, and there the lower class has to win in both paths.
+    rng = np.random.default_rng(5)
+    base = rng.uniform(1, 2, (1, 40, 40)).astype(np.float32)
+    logits = np.concatenate([base, np.nextafter(base, np.float32(3))])
+    short, full = run(logits, (275, 275)), run(logits, (275, 275), NO_SHORT_CUT)
+    np.testing.assert_array_equal(short, full)
+    assert 0 < np.mean(full[0] == 0) < 1
+
+
+def test_equal_logits_give_class_0() -> None:
+    class_map, confidence = kernels.upsample_argmax_confidence(
+        np.full((4, 3, 5), 1.7, np.float32), (24, 40)
+    )
+    assert not class_map.any()
+    assert set(np.unique(confidence)) == {64}  # 255 / 4 rounded
+
+
+def test_a_tie_goes_to_the_lower_class() -> None:
+    logits = np.zeros((5, 4, 4), np.float32)
+    logits[[2, 4]] = 3
+    assert (kernels.upsample_argmax(logits, (32, 32)) == 2).all()
+
+
+NOT_FINITE = [
+    pytest.param([np.nan], id="nan"),
+    pytest.param([-np.inf], id="minus-infinity"),
+    pytest.param([np.inf], id="infinity"),
+    pytest.param([np.nan, np.inf, -np.inf], id="all"),
+]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
+@pytest.mark.parametrize("poison", NOT_FINITE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_short_cut_agrees_where_logits_are_not_finite(
+    kind: Callable[..., Logits], poison: list[float], share: float
+) -> None:
+    logits = kind(6, 10, 14)
+    rng = np.random.default_rng(3)
+    where = rng.random(logits.shape) < share
+    logits[where] = rng.choice(poison, int(where.sum()))
+    np.testing.assert_array_equal(
+        run(logits, (80, 112)), run(logits, (80, 112), NO_SHORT_CUT)
+    )
+
+
+def test_nan_never_wins() -> None:
+    logits = smooth_logits(6, 10, 14)
+    logits[0], logits[3] = np.nan, np.nan
+    without = np.delete(logits, [0, 3], axis=0)
+    class_map, confidence = kernels.upsample_argmax_confidence(logits, (80, 112))
+    expected, expected_confidence = kernels.upsample_argmax_confidence(without, (80, 112))
+    np.testing.assert_array_equal(class_map, np.array([1, 2, 4, 5])[expected])
+    np.testing.assert_array_equal(confidence, expected_confidence)
+
+
+@pytest.mark.parametrize("nothing", [np.nan, -np.inf])
+def test_nothing_finite_gives_class_0_and_confidence_0(nothing: float) -> None:
+    class_map, confidence = kernels.upsample_argmax_confidence(
+        np.full((3, 4, 4), nothing, np.float32), (16, 16)
+    )
+    assert not class_map.any()
+    assert not confidence.any()
+
+
+def test_out_is_used_in_place() -> None:
+    logits = smooth_logits(19, 8, 8)
+    out = np.empty((64, 64), np.uint8)
+    levels = np.empty((64, 64), np.uint8)
+    assert kernels.upsample_argmax(logits, (64, 64), out=out) is out
+    expected = out.copy()
+    out[:] = 0
+    class_map, confidence = kernels.upsample_argmax_confidence(
+        logits, (64, 64), out=out, confidence=levels
+    )
+    assert class_map is out
+    assert confidence is levels
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_writes_nothing_outside_out() -> None:
+    room = np.full((3, 37, 41), 77, np.uint8)
+    kernels.upsample_argmax(random_logits(5, 9, 11), (37, 41), out=room[1])
+    assert (room[[0, 2]] == 77).all()
+
+
+def test_logits_may_have_a_batch_of_one() -> None:
+    logits = random_logits(5, 6, 7)
+    np.testing.assert_array_equal(
+        kernels.upsample_argmax(logits[None], (24, 28)), kernels.upsample_argmax(logits, (24, 28))
+    )
+
+
+def test_sizes_may_change_from_call_to_call() -> None:
+    for height, width, size in [(4, 4, (9, 9)), (40, 90, (80, 99)), (4, 4, (9, 9)), (2, 3, (9, 9))]:
+        logits = random_logits(7, height, width)
+        assert_wins(kernels.upsample_argmax(logits, size), upsampled(logits, size, False), 1e-6)
+
+
+GOOD = np.zeros((3, 4, 5), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param({"logits": GOOD.astype(np.float64)}, "float32", id="float64"),
+        pytest.param({"logits": [[1.0]]}, "list", id="list"),
+        pytest.param({"logits": GOOD[0]}, r"\(4, 5\)", id="two-dimensions"),
+        pytest.param({"logits": np.zeros((2, 3, 4, 5), np.float32)}, r"\(2, 3", id="batch-of-two"),
+        pytest.param({"logits": np.zeros((256, 2, 2), np.float32)}, "256", id="256-classes"),
+        pytest.param({"logits": np.zeros((0, 2, 2), np.float32)}, "got 0", id="no-classes"),
+        pytest.param({"logits": np.zeros((3, 0, 2), np.float32)}, "high and wide", id="empty"),
+        pytest.param({"logits": GOOD.transpose(0, 2, 1)}, "contiguous", id="transposed"),
+        pytest.param({"size": (0, 8)}, "1 to", id="size-0"),
+        pytest.param({"size": (8, -1)}, "1 to", id="size-negative"),
+        pytest.param({"size": (8, 8, 8)}, "height, width", id="size-of-three"),
+        pytest.param({"size": None}, "height, width", id="size-none"),
+        pytest.param({"size": (1 << 23, 8)}, "1 to", id="size-too-large"),
+        pytest.param({"threads": -1}, "threads", id="threads"),
+        pytest.param({"out": np.zeros((8, 8), np.int64)}, "uint8", id="out-dtype"),
+        pytest.param({"out": np.zeros((8, 9), np.uint8)}, r"\(8, 9\)", id="out-shape"),
+        pytest.param({"out": np.zeros((8, 16), np.uint8)[:, ::2]}, "contig", id="out-strided"),
+        pytest.param({"out": np.frombuffer(bytes(64), np.uint8).reshape(8, 8)}, "writable",
+                     id="out-read-only"),
+        pytest.param({"confidence": np.zeros((8, 9), np.uint8)}, "confidence", id="confidence"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"logits": GOOD, "size": (8, 8)}
+    with pytest.raises(RequestError, match=message):
+        kernels.upsample_argmax_confidence(**(good | arguments))
+
+
+def test_the_same_memory_cannot_take_both_outputs() -> None:
+    both = np.zeros((8, 8), np.uint8)
+    with pytest.raises(RequestError, match="same memory"):
+        kernels.upsample_argmax_confidence(GOOD, (8, 8), out=both, confidence=both)
+
+
+def test_the_library_checks_its_own_arguments() -> None:
+    function = kernels.load().edgeseg_upsample_argmax
+    out = np.empty((8, 8), np.uint8)
+    good = [GOOD.ctypes.data, 3, 4, 5, out.ctypes.data, None, 8, 8, 0, 1]
+    assert function(*good) == 0
+    for index, bad in [(0, None), (1, 0), (1, 256), (2, 0), (3, -1), (4, None), (6, 0), (8, 4)]:
+        assert function(*good[:index], bad, *good[index + 1 :]) == 1
+
+
+@pytest.fixture(scope="session")
+def emulated_warp(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The CUDA kernel's own lines, compiled for the CPU on an emulated warp."""
+    if shutil.which("g++") is None:
+        pytest.skip("the warp emulation is compiled with g++, which is not here")
+    target = tmp_path_factory.mktemp("warp") / "warp.so"
+    subprocess.run(
+        ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra",
+         "-Werror", "-Wno-unknown-pragmas", f"-I{KERNELS}", f"-I{KERNELS / 'include'}",
+         str(HERE / "warp_emulation.cpp"), "-o", str(target)],
+        check=True,
+    )  # fmt: skip
+    function = ctypes.CDLL(str(target)).emulated_upsample_argmax
+    function.argtypes = kernels.load().edgeseg_upsample_argmax.argtypes
+    return function
+
+
+@pytest.mark.parametrize("align_corners", CONVENTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("classes", "height", "width", "target_height", "target_width"), CASES)
+def test_cuda_kernel_on_an_emulated_warp_gives_the_cpu_bytes(
+    emulated_warp: Any,
+    kind: Callable[..., Logits],
+    classes: int,
+    height: int,
+    width: int,
+    target_height: int,
+    target_width: int,
+    align_corners: bool,
+) -> None:
+    logits = kind(classes, height, width)
+    size = (target_height, target_width)
+    flags = ALIGN_CORNERS if align_corners else 0
+    expected = run(logits, size, flags)
+    for with_confidence, more_flags in [(True, 0), (False, 0), (True, NO_SHORT_CUT)]:
+        result = np.full((2, *size), 254, np.uint8)
+        status = emulated_warp(
+            logits.ctypes.data, classes, height, width, result[0].ctypes.data,
+            result[1].ctypes.data if with_confidence else None, *size, flags | more_flags, 2,
+        )  # fmt: skip
+        assert status == 0
+        np.testing.assert_array_equal(result[0], expected[0])
+        if with_confidence:
+            np.testing.assert_array_equal(result[1], expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("align_corners", CONVENTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("classes", "height", "width", "target_height", "target_width"), CASES)
+def test_cuda_gives_the_cpu_bytes(
+    cuda_library: Any,
+    kind: Callable[..., Logits],
+    classes: int,
+    height: int,
+    width: int,
+    target_height: int,
+    target_width: int,
+    align_corners: bool,
+) -> None:
+    import torch
+
+    logits = kind(classes, height, width)
+    size = (target_height, target_width)
+    flags = ALIGN_CORNERS if align_corners else 0
+    on_device = torch.from_numpy(logits).cuda()
+    result = torch.full((2, *size), 254, dtype=torch.uint8, device="cuda")
+    status = cuda_library.edgeseg_cuda_upsample_argmax(
+        ctypes.c_void_p(on_device.data_ptr()), classes, height, width,
+        ctypes.c_void_p(result[0].data_ptr()), ctypes.c_void_p(result[1].data_ptr()), *size, flags,
+        ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+    )  # fmt: skip
+    assert status == 0
+    np.testing.assert_array_equal(result.cpu().numpy(), run(logits, size, flags))
+
+
+@pytest.fixture(scope="session")
+def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    torch = pytest.importorskip("torch", reason="torch holds the device memory in this test")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: the launcher cannot run")
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on the path: the launcher cannot be compiled")
+    target = tmp_path_factory.mktemp("cuda") / "libedgeseg_cuda.so"
+    subprocess.run(
+        ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-arch=native", "-shared",
+         "-Xcompiler=-fPIC", f"-I{KERNELS / 'include'}", str(KERNELS / "upsample_argmax.cu"),
+         "-o", str(target)],
+        check=True,
+    )  # fmt: skip
+    return ctypes.CDLL(str(target))
