@@ -46,7 +46,8 @@ Matrix = NDArray[np.float64]
 class StreetInstance:
     """One visible countable object: a car, a pedestrian, or a bicyclist with the bicycle.
 
-    ``id`` (at least 1) stays with the object while it is ahead; what is recycled gets a new one. ``label`` is its class index.
+    ``id`` (at least 1) stays with the object while it is ahead; what is recycled gets a new one.
+    ``label`` is its class index.
     ``box`` is (x0, y0, x1, y1) in pixels, half-open, around its visible pixels, of which there
     are ``area``.
     """

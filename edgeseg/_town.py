@@ -113,14 +113,21 @@ def _populate(
                 _park(things, random, layout, side, edge)
             _walkers(things, random, scene, side, edge, walk)
     _traffic(things, random, scene, layout, speed)
+    # Parallel to the road, what stands farther out never hides what stands farther in, so all
+    # that is behind a fence is painted before it, whatever the distance.
+    barrier = {
+        side: min((abs(t.x) for t in things if t.kind == "fence" and t.x * side > 0), default=1e9)
+        for side in (-1, 1)
+    }
     numbered = []
     serial = 0
     for thing in things:
+        if thing.layer == 3 and abs(thing.x) > barrier[1 if thing.x > 0 else -1]:
+            thing = replace(thing, layer=1)
         if thing.kind in ("car", "pedestrian", "bicyclist"):
-            numbered.append(replace(thing, serial=serial))
+            thing = replace(thing, serial=serial)
             serial += 1
-        else:
-            numbered.append(thing)
+        numbered.append(thing)
     return tuple(numbered)
 
 

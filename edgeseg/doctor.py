@@ -377,19 +377,19 @@ def _video(build: str) -> list[Check]:
 
 def _kernels() -> list[Check]:
     compiler = _compiler()
+    slower = "the upsampling runs inside the model's graph, slower"
     try:
-        from edgeseg.kernels import available, build
+        from edgeseg.kernels import available
     except ImportError as error:
-        built, reason, build_here = False, f"cannot be imported: {error}", False
-    else:
-        built, reason, build_here = available(), "not built", callable(build)
-    if built:
+        detail = f"cannot be imported ({error}); {slower}"
+        remedy = f"{_INSTALL} --force-reinstall edgeseg"
+        return [Check("Compiled kernels", "missing", detail, remedy), compiler]
+    if available():
         return [Check("Compiled kernels", "ok", "built, and loaded"), compiler]
-    remedy = compiler.remedy
-    if compiler.state == "ok" and build_here:
-        remedy = f"{_PYTHON} -c 'import edgeseg.kernels as kernels; kernels.build()'"
-    detail = f"{reason}; the upsampling runs inside the model's graph, slower"
-    return [Check("Compiled kernels", "missing", detail, remedy), compiler]
+    remedy = f"{_PYTHON} -c 'import edgeseg.kernels as kernels; kernels.build()'"
+    if compiler.remedy is not None:
+        remedy = f"{compiler.remedy}, then: {remedy}"
+    return [Check("Compiled kernels", "missing", f"not built; {slower}", remedy), compiler]
 
 
 def _compiler() -> Check:

@@ -228,15 +228,14 @@ EDGESEG_EXPORT int32_t edgeseg_has_openmp(void) {
 //   flags       kAlignCorners | kNoShortCut
 //   threads     at least 1, or 0 for as many as OpenMP would take
 // Returns 0, or 1 for an argument outside these bounds, or 2 without memory.
-EDGESEG_EXPORT int32_t edgeseg_upsample_argmax(const float* logits, int32_t classes,
-                                               int32_t height, int32_t width, uint8_t* class_map,
+EDGESEG_EXPORT int32_t edgeseg_upsample_argmax(const float* logits, int32_t classes, int32_t height,
+                                               int32_t width, uint8_t* class_map,
                                                uint8_t* confidence, int32_t target_height,
                                                int32_t target_width, int32_t flags,
                                                int32_t threads) {
-  if (logits == nullptr || class_map == nullptr || classes < 1 ||
-      classes > edgeseg::kMaxClasses || !is_side(height) || !is_side(width) ||
-      !is_side(target_height) || !is_side(target_width) || threads < 0 ||
-      (flags & ~(edgeseg::kAlignCorners | edgeseg::kNoShortCut)) != 0) {
+  if (logits == nullptr || class_map == nullptr || classes < 1 || classes > edgeseg::kMaxClasses ||
+      !is_side(height) || !is_side(width) || !is_side(target_height) || !is_side(target_width) ||
+      threads < 0 || (flags & ~(edgeseg::kAlignCorners | edgeseg::kNoShortCut)) != 0) {
     return kBadArgument;
   }
   static const ComputeStrips compute = choose_compute_strips();
@@ -249,8 +248,9 @@ EDGESEG_EXPORT int32_t edgeseg_upsample_argmax(const float* logits, int32_t clas
   } catch (const std::bad_alloc&) {
     return kOutOfMemory;
   }
-  const Job job = {logits,  classes, height,  width, class_map, confidence,
-                   &x_axis, &y_axis, (flags & edgeseg::kNoShortCut) == 0};
+  const Job job = {logits,  classes,   height,
+                   width,   class_map, confidence,
+                   &x_axis, &y_axis,   (flags & edgeseg::kNoShortCut) == 0};
 
 #ifdef _OPENMP
   const int32_t team = threads > 0 ? threads : omp_get_max_threads();

@@ -155,9 +155,9 @@ EDGESEG_INLINE void set_tile(const Job& job, int32_t row, int32_t rows, int32_t 
   // Neighbouring cells of an integer factor have the same weights: the tables of the last one
   // serve as they are.
   const bool same_shape = tile->row == row && tile->rows == rows && tile->columns == columns;
-  if (same_shape && (tile->column == column ||
-                     (memcmp(x_near, tile->x_near, sizeof(float) * columns) == 0 &&
-                      memcmp(x_far, tile->x_far, sizeof(float) * columns) == 0))) {
+  if (same_shape &&
+      (tile->column == column || (memcmp(x_near, tile->x_near, sizeof(float) * columns) == 0 &&
+                                  memcmp(x_far, tile->x_far, sizeof(float) * columns) == 0))) {
     tile->column = column;
     return;
   }
@@ -300,10 +300,9 @@ EDGESEG_INLINE void compute_strip(const Job& job, int32_t y, const SampleRow& to
     const uint8_t winners[4] = {top.winner[x], top.winner[x_far], bottom.winner[x],
                                 bottom.winner[x_far]};
     if (job.short_cut) {
-      const bool agree = winners[0] == winners[1] && winners[0] == winners[2] &&
-                         winners[0] == winners[3];
-      const uint8_t state =
-          top.state[x] & top.state[x_far] & bottom.state[x] & bottom.state[x_far];
+      const bool agree =
+          winners[0] == winners[1] && winners[0] == winners[2] && winners[0] == winners[3];
+      const uint8_t state = top.state[x] & top.state[x_far] & bottom.state[x] & bottom.state[x_far];
       if (agree && (state & wanted) == wanted) continue;
     }
     if (gathered == x) {

@@ -127,8 +127,8 @@ __device__ __forceinline__ void keep_candidates(const UpsampleArgmax& job, const
         bool below = true;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          below = below &&
-                  job.logits[c * plane + cell.corner[i]] < beaten_below(rival[cell.corner[i]]);
+          below =
+              below && job.logits[c * plane + cell.corner[i]] < beaten_below(rival[cell.corner[i]]);
         }
         beaten = beaten || below;
       }
@@ -218,10 +218,10 @@ bool is_side(int32_t side) { return side >= 1 && side <= kMaxSide; }
 
 // As edgeseg_upsample_argmax of cpu.cpp, with device pointers, on `stream`. Returns a cudaError_t:
 // 0 once the work is queued.
-extern "C" __attribute__((visibility("default"))) int32_t edgeseg_cuda_upsample_argmax(
-    const float* logits, int32_t classes, int32_t height, int32_t width, uint8_t* class_map,
-    uint8_t* confidence, int32_t target_height, int32_t target_width, int32_t flags,
-    cudaStream_t stream) {
+extern "C" __attribute__((visibility("default"))) int32_t
+edgeseg_cuda_upsample_argmax(const float* logits, int32_t classes, int32_t height, int32_t width,
+                             uint8_t* class_map, uint8_t* confidence, int32_t target_height,
+                             int32_t target_width, int32_t flags, cudaStream_t stream) {
   using namespace edgeseg;
   if (logits == nullptr || class_map == nullptr || classes < 1 || classes > kMaxClasses ||
       !is_side(height) || !is_side(width) || !is_side(target_height) || !is_side(target_width) ||

@@ -145,7 +145,7 @@ def test_broken_folders(folder: Path, damage: object, message: str | None) -> No
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no .*nowhere.images"):
+    with pytest.raises(DataError, match=r"there is no .*nowhere.images"):
         open_dataset(f"camvid:{tmp_path / 'nowhere'}", "val")
 
 

@@ -84,7 +84,9 @@ def truths(count: int, labels: int = 12) -> list[NDArray[np.uint8]]:
 def test_the_right_answer_scores_one() -> None:
     progress: list[tuple[int, int]] = []
     found = evaluate(
-        BlueEngine(), Painted(truths(4)), progress=lambda done, total: progress.append((done, total))
+        BlueEngine(),
+        Painted(truths(4)),
+        progress=lambda done, total: progress.append((done, total)),
     )
     assert (found.miou, found.pixel_accuracy, found.frames) == (1.0, 1.0, 4)
     assert (found.data, found.split, found.engine) == ("painted", "val", "blue")
@@ -98,7 +100,7 @@ def test_wrong_classes_cost_what_they_must() -> None:
     found = evaluate(BlueEngine(wrong=frozenset({3, 5})), Painted(pictures))
     counts = np.bincount(np.concatenate([labels.ravel() for labels in pictures]), minlength=12)
     sky = int(counts[0]) / int(counts[0] + counts[3] + counts[5])
-    expected = {name: 1.0 for name in CAMVID.names} | {"sky": sky, "road": 0.0, "tree": 0.0}
+    expected = dict.fromkeys(CAMVID.names, 1.0) | {"sky": sky, "road": 0.0, "tree": 0.0}
     assert found.per_class == pytest.approx(expected)
     assert found.miou == pytest.approx(math.fsum(expected.values()) / 11)
     right = int(counts[:11].sum() - counts[3] - counts[5])
@@ -120,7 +122,7 @@ def test_classes_that_never_occur_are_none_in_json() -> None:
     read = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert read["miou"] == 1.0
     assert read["frames"] == 1
-    assert read["per_class"] == {name: None for name in CAMVID.names} | {"sky": 1.0}
+    assert read["per_class"] == dict.fromkeys(CAMVID.names) | {"sky": 1.0}
 
 
 def test_nothing_labelled_is_none_in_json() -> None:
@@ -148,7 +150,7 @@ def test_a_limit_of_nothing_is_refused() -> None:
 def test_a_wrong_label_is_named_with_its_sample() -> None:
     pictures = truths(2)
     pictures[1][0, 0] = 77
-    with pytest.raises(DataError, match="painted val, number 1: .* 77 came"):
+    with pytest.raises(DataError, match=r"painted val, number 1: .* 77 came"):
         evaluate(BlueEngine(), Painted(pictures))
 
 

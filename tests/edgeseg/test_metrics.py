@@ -138,7 +138,7 @@ def test_labels_that_cannot_be(
 def test_other_dtypes_are_refused() -> None:
     good = labels([[0, 1]])
     with pytest.raises(DataError, match="prediction is a map of uint8, and one of int64"):
-        ConfusionMatrix(3, 9).update(good.astype(np.int64), good)  # type: ignore[arg-type]
+        ConfusionMatrix(3, 9).update(good.astype(np.int64), good)
 
 
 @pytest.mark.parametrize(("classes", "ignore"), [(0, 255), (256, 255), (3, 2), (3, -1), (3, 256)])

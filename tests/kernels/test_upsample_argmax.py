@@ -296,9 +296,7 @@ def test_short_cut_agrees_where_logits_are_not_finite(
     rng = np.random.default_rng(3)
     where = rng.random(logits.shape) < share
     logits[where] = rng.choice(poison, int(where.sum()))
-    np.testing.assert_array_equal(
-        run(logits, (80, 112)), run(logits, (80, 112), NO_SHORT_CUT)
-    )
+    np.testing.assert_array_equal(run(logits, (80, 112)), run(logits, (80, 112), NO_SHORT_CUT))
 
 
 def test_nan_never_wins() -> None:
@@ -377,8 +375,11 @@ GOOD = np.zeros((3, 4, 5), np.float32)
         pytest.param({"out": np.zeros((8, 8), np.int64)}, "uint8", id="out-dtype"),
         pytest.param({"out": np.zeros((8, 9), np.uint8)}, r"\(8, 9\)", id="out-shape"),
         pytest.param({"out": np.zeros((8, 16), np.uint8)[:, ::2]}, "contig", id="out-strided"),
-        pytest.param({"out": np.frombuffer(bytes(64), np.uint8).reshape(8, 8)}, "writable",
-                     id="out-read-only"),
+        pytest.param(
+            {"out": np.frombuffer(bytes(64), np.uint8).reshape(8, 8)},
+            "writable",
+            id="out-read-only",
+        ),
         pytest.param({"confidence": np.zeros((8, 9), np.uint8)}, "confidence", id="confidence"),
     ],
 )

@@ -49,10 +49,10 @@ inline void fail(const char* what) {
   abort();
 }
 
-inline void meet(Call call, uint32_t given) {
+inline void meet(Call call, uint32_t given = 0) {
   const int self = running;
   lanes[self].call = call;
-  lanes[self].given = given;
+  if (call != Call::kSync) lanes[self].given = given;
   swapcontext(&lanes[self].context, &scheduler);
 }
 
@@ -101,7 +101,7 @@ inline uint32_t __ballot_sync(uint32_t, bool vote) {
   meet(Call::kBallot, vote);
   uint32_t result = 0;
   for (int i = 0; i < kLanes; ++i) result |= lanes[i].given << i;
-  meet(Call::kSync, 0);
+  meet(Call::kSync);
   return result;
 }
 
@@ -109,10 +109,10 @@ inline uint32_t __shfl_sync(uint32_t, uint32_t value, int source) {
   using namespace warp_emulation;
   meet(Call::kShuffle, value);
   const uint32_t result = lanes[source].given;
-  meet(Call::kSync, 0);
+  meet(Call::kSync);
   return result;
 }
 
-inline void __syncwarp() { warp_emulation::meet(warp_emulation::Call::kSync, 0); }
+inline void __syncwarp() { warp_emulation::meet(warp_emulation::Call::kSync); }
 
 inline int __ffs(int value) { return __builtin_ffs(value); }

@@ -1,0 +1,258 @@
+"""EdgeSegUpsampleArgmax against ONNX Runtime's Resize(linear) + ArgMax, on the CPU.
+
+Both run in this process, in turn, at the same number of threads; the figure is the median of the
+ratios of neighbouring runs, with the 10th and 90th percentile. Before anything is timed, both
+results are checked against float64 arithmetic.
+
+    python benchmarks/bench_upsample_argmax.py [--runs 60] [--threads 1 2] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from edgeseg import kernels
+from edgeseg.synthetic import Street
+
+CLASSES = 19
+FACTOR = 8
+SOURCE_SIZES = ((64, 128), (128, 256))
+TIE = 1e-6
+
+Logits = NDArray[np.float32]
+
+
+def real_logits(height: int, width: int) -> Logits:
+    """Logits (classes, height, width) as a trained network gives for a street scene."""
+    return stand_in_logits(height, width)
+
+
+def stand_in_logits(height: int, width: int) -> Logits:
+    """Logits made from a synthetic street's class map, for as long as no trained model is here.
+
+    Each class's share of the blurred map, in log: winners beyond doubt inside regions, soft borders
+    between them. Classes that the street does not have stay low, with a little noise of their own.
+    """
+    full = Street(height * FACTOR, width * FACTOR, seed=3).frame(40).class_map
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.3, (CLASSES, height, width)).astype(np.float32)
+    shares = np.stack(
+        [
+            cv2.resize(
+                cv2.GaussianBlur((full == c).astype(np.float32), (0, 0), FACTOR / 2),
+                (width, height),
+                interpolation=cv2.INTER_AREA,
+            )
+            for c in range(CLASSES)
+        ]
+    )
+    return np.ascontiguousarray(np.log(shares + 1e-4) + noise, dtype=np.float32)
+
+
+def random_logits(height: int, width: int) -> Logits:
+    """Independent noise: the worst case, every cell is mixed."""
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((CLASSES, height, width)).astype(np.float32)
+
+
+KINDS: dict[str, Callable[[int, int], Logits]] = {"real": real_logits, "random": random_logits}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; times are medians."""
+
+    logits: str
+    source: tuple[int, int]
+    target: tuple[int, int]
+    threads: int
+    edgeseg_ms: float
+    confidence_ms: float
+    onnxruntime_ms: float
+    ratio: float
+    ratio_p10: float
+    ratio_p90: float
+    mixed_cells: float
+    wrong_pixels: int
+    ties: int
+    onnxruntime_differs: int
+
+
+def resize_argmax(source: tuple[int, int], threads: int) -> onnxruntime.InferenceSession:
+    """What a user would otherwise run: Resize and ArgMax, fixed shapes, all optimisations."""
+    sizes = np.array([1, CLASSES, source[0] * FACTOR, source[1] * FACTOR], np.int64)
+    make, kind = onnx.helper, onnx.TensorProto
+    graph = make.make_graph(
+        [
+            make.make_node(
+                "Resize",
+                ["logits", "", "", "sizes"],
+                ["values"],
+                mode="linear",
+                coordinate_transformation_mode="half_pixel",
+            ),
+            make.make_node("ArgMax", ["values"], ["class_map"], axis=1, keepdims=0),
+        ],
+        "resize_argmax",
+        [make.make_tensor_value_info("logits", kind.FLOAT, [1, CLASSES, *source])],
+        [make.make_tensor_value_info("class_map", kind.INT64, [1, *sizes[2:].tolist()])],
+        [onnx.numpy_helper.from_array(sizes, "sizes")],
+    )
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Idle threads that spin would take the cores from the other side between its runs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def exact_values(logits: Logits) -> NDArray[np.float64]:
+    """Upsampled logits in float64."""
+
+    def axis(
+        source: int,
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+        at = np.clip((np.arange(source * FACTOR) + 0.5) / FACTOR - 0.5, 0, source - 1)
+        near = np.floor(at).astype(np.intp)
+        return near, np.minimum(near + 1, source - 1), at - near
+
+    values = logits.astype(np.float64)
+    top, bottom, down = axis(values.shape[1])
+    left, right, along = axis(values.shape[2])
+    rows = values[:, top] * (1 - down[:, None]) + values[:, bottom] * down[:, None]
+    return np.asarray(rows[:, :, left] * (1 - along) + rows[:, :, right] * along)
+
+
+def mixed_share(logits: Logits) -> float:
+    """Share of low-resolution cells whose four corners disagree."""
+    winner = logits.argmax(axis=0)
+    first = winner[:-1, :-1]
+    agree = (winner[1:, :-1] == first) & (winner[:-1, 1:] == first) & (winner[1:, 1:] == first)
+    return float(1 - agree.mean())
+
+
+def elapsed_ms(run: Callable[[], object]) -> float:
+    start = time.perf_counter_ns()
+    run()
+    return (time.perf_counter_ns() - start) / 1e6
+
+
+def compare(name: str, source: tuple[int, int], threads: int, runs: int) -> Row:
+    """Check, then time in turn."""
+    logits = KINDS[name](*source)
+    target = (source[0] * FACTOR, source[1] * FACTOR)
+    session = resize_argmax(source, threads)
+    feed = {"logits": logits[None]}
+    class_map, levels = np.empty(target, np.uint8), np.empty(target, np.uint8)
+
+    values = exact_values(logits)
+    second, best = np.partition(values, CLASSES - 2, axis=0)[-2:]
+    kernels.upsample_argmax(logits, target, out=class_map, threads=threads)
+    (theirs,) = session.run(None, feed)
+    tied = best - second <= TIE
+    wrong = (class_map != values.argmax(axis=0)) & ~tied
+    differs = theirs[0] != class_map
+    del values, second, best
+
+    def ours() -> object:
+        return kernels.upsample_argmax(logits, target, out=class_map, threads=threads)
+
+    def ours_with_confidence() -> object:
+        return kernels.upsample_argmax_confidence(
+            logits, target, out=class_map, confidence=levels, threads=threads
+        )
+
+    def onnx_runtime() -> object:
+        return session.run(None, feed)
+
+    for warm_up in (ours, ours_with_confidence, onnx_runtime):
+        warm_up()
+    times = np.array(
+        [
+            [elapsed_ms(ours), elapsed_ms(onnx_runtime), elapsed_ms(ours_with_confidence)]
+            for _ in range(runs)
+        ]
+    )
+    ratios = times[:, 1] / times[:, 0]
+    return Row(
+        logits=name,
+        source=source,
+        target=target,
+        threads=threads,
+        edgeseg_ms=float(np.median(times[:, 0])),
+        confidence_ms=float(np.median(times[:, 2])),
+        onnxruntime_ms=float(np.median(times[:, 1])),
+        ratio=float(np.median(ratios)),
+        ratio_p10=float(np.percentile(ratios, 10)),
+        ratio_p90=float(np.percentile(ratios, 90)),
+        mixed_cells=mixed_share(logits),
+        wrong_pixels=int(wrong.sum()),
+        ties=int(tied.sum()),
+        onnxruntime_differs=int(differs.sum()),
+    )
+
+
+def main() -> int:
+    """Print the table; exit code 1 when a pixel is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--runs", type=int, default=60, help="alternated runs per row")
+    parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and all cores")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows here (- for stdout)")
+    options = parser.parse_args()
+    threads = options.threads or sorted({1, kernels.available_cores()})
+
+    print(
+        f"{'logits':7} {'source':>9} {'target':>10} {'thr':>3} {'mixed':>6} {'edgeseg':>9} "
+        f"{'ORT':>9} {'ratio (p10-p90)':>20} {'+confid.':>9} {'wrong':>5} {'ties':>4}",
+        file=sys.stderr,
+    )
+    rows = []
+    for name in KINDS:
+        for source in SOURCE_SIZES:
+            for count in threads:
+                row = compare(name, source, count, options.runs)
+                rows.append(row)
+                spread = f"{row.ratio:.1f} ({row.ratio_p10:.1f}-{row.ratio_p90:.1f})"
+                print(
+                    f"{name:7} {'x'.join(map(str, source)):>9} "
+                    f"{'x'.join(map(str, row.target)):>10} {count:3d} {row.mixed_cells:6.1%} "
+                    f"{row.edgeseg_ms:6.2f} ms {row.onnxruntime_ms:6.1f} ms {spread:>20} "
+                    f"{row.confidence_ms:6.2f} ms {row.wrong_pixels:5d} {row.ties:4d}",
+                    file=sys.stderr,
+                )
+    if options.json:
+        text = json.dumps(
+            {
+                "benchmark": "upsample_argmax",
+                "machine": platform.machine(),
+                "onnxruntime": onnxruntime.__version__,
+                "classes": CLASSES,
+                "runs": options.runs,
+                "rows": [asdict(row) for row in rows],
+            },
+            indent=2,
+        )
+        if options.json == "-":
+            print(text)
+        else:
+            Path(options.json).write_text(text + "\n", encoding="utf-8")
+    return int(any(row.wrong_pixels for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

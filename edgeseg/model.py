@@ -1,0 +1,110 @@
+"""A loaded model: call it on a frame, or stream it over a camera."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+from edgeseg.bundle import Bundle
+from edgeseg.engine import Engine, open_engine
+from edgeseg.frame import Frame
+from edgeseg.geometry import Geometry
+from edgeseg.pipeline import Pipeline
+from edgeseg.result import SemanticResult
+from edgeseg.source import Source, open_source
+from edgeseg.spec import ModelSpec
+
+__all__ = ["Model", "load"]
+
+
+class Model:
+    """A bundle on an engine. Also a context manager; ``close`` gives the memory back."""
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self._bundle = bundle
+        self._engine = engine
+
+    @property
+    def bundle(self) -> Bundle:
+        """Where the model came from."""
+        return self._bundle
+
+    @property
+    def engine(self) -> Engine:
+        """What runs it."""
+        return self._engine
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Its classes, colours and network size."""
+        return self._bundle.spec
+
+    def __call__(self, frame: Any) -> SemanticResult:
+        """The classes of one frame: any (height, width, 3) uint8 BGR array, or a ``Frame``.
+
+        FrameError, with the conversion to use, for anything else.
+        """
+        taken = frame if isinstance(frame, Frame) else Frame.of(frame)
+        geometry = Geometry.between(taken.height, taken.width, self.spec)
+        outputs = self._engine.run(geometry.fit(taken.pixels))
+        return SemanticResult.from_outputs(outputs, taken, geometry, self.spec)
+
+    def stream(
+        self, source: str | int | os.PathLike[str] | Source, *, frames: int | None = None
+    ) -> Iterator[SemanticResult]:
+        """Results of a camera, video, folder or stream, in order, as they are finished.
+
+        ``source``: a URI (see ``open_source``), a camera's number, a path, or an opened source.
+        ``frames``: stop after so many results. A live source gives its newest frame and drops what
+        the model is too slow for; a file drops nothing. Reading, inference and your loop overlap.
+        The source is closed when the loop ends, however it ends.
+
+        SourceError when the source cannot be opened.
+        """
+        opened = source if isinstance(source, Source) else open_source(os.fspath(source)
+            if isinstance(source, os.PathLike) else str(source))
+        return self._results(Pipeline(self._engine, opened, max_frames=frames))
+
+    @staticmethod
+    def _results(pipeline: Pipeline) -> Iterator[SemanticResult]:
+        with pipeline:
+            yield from pipeline
+
+    def close(self) -> None:
+        """Gives the engine's memory back; the model must not be called afterwards."""
+        self._engine.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def load(
+    source: str | os.PathLike[str] = "streets",
+    *,
+    engine: str | None = None,
+    threads: int = 0,
+    compiled_head: bool | None = None,
+) -> Model:
+    """The model of a bundle, opened on the best engine that is here.
+
+    ``source``: a bundle's folder, an ONNX file made by EdgeSeg, or a model that ships with it
+    (``"streets"``). ``engine``: ``"openvino"`` or ``"onnxruntime"``; None chooses. ``threads``: 0
+    leaves it to the library. ``compiled_head``: False upsamples inside the graph, None uses the
+    compiled kernel if it is there.
+
+    BundleError, EngineError or RequestError say in one sentence what is wrong and what helps.
+    """
+    bundle = Bundle.open(source)
+    return Model(
+        bundle, open_engine(bundle, engine, threads=threads, compiled_head=compiled_head)
+    )

@@ -1,0 +1,207 @@
+"""How fast a model is here, frame to finished mask, and where the time goes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeseg.errors import SourceError
+from edgeseg.model import Model
+from edgeseg.pipeline import Pipeline, Summary
+from edgeseg.report import Bar, Bars, Figure, Figures, Paragraph, Picture, Pictures, Report
+from edgeseg.report import Section, Stack, Table
+from edgeseg.result import SemanticResult
+from edgeseg.source import open_source
+
+__all__ = ["Profile", "profile"]
+
+_WARM_UP = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What a profiling run found.
+
+    ``summary`` holds frames per second, counts, stage times and mask age. ``peak_rss_mb`` is the
+    largest resident memory of the whole process so far, in MB. ``last`` is the last result.
+    """
+
+    model: str
+    engine: str
+    description: str
+    source: str
+    frame_size: tuple[int, int]
+    network_size: tuple[int, int]
+    live: bool
+    summary: Summary
+    peak_rss_mb: float
+    notes: tuple[str, ...]
+    last: SemanticResult
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON; DESIGN's keys are at the top level."""
+        return {
+            **self.summary.to_dict(),
+            "engine": self.engine,
+            "engine_description": self.description,
+            "model": self.model,
+            "source": self.source,
+            "frame_size": list(self.frame_size),
+            "network_size": list(self.network_size),
+            "live": self.live,
+            "peak_rss_mb": round(self.peak_rss_mb, 1),
+            "notes": list(self.notes),
+        }
+
+    def render(self) -> str:
+        """Plain text for a terminal."""
+        summary = self.summary
+        height, width = self.frame_size
+        lines = [
+            f"{self.model} on {self.description}",
+            f"{self.source}: {width}x{height} frames, network {self.network_size[1]}x"
+            f"{self.network_size[0]}",
+            "",
+            f"{summary.fps:8.1f}  frames per second, frame to finished mask",
+            f"{summary.frames:8d}  frames, {summary.dropped} dropped",
+            f"{summary.mask_age_ms.p50:8.1f}  ms mask age, median "
+            f"({summary.mask_age_ms.p99:.1f} ms at the 99th percentile)",
+            f"{self.peak_rss_mb:8.0f}  MB of memory at most",
+            "",
+            "stage          p50 ms   p95 ms   p99 ms",
+        ]
+        for name, times in summary.stages.items():
+            lines.append(
+                f"{name:<12}{times.p50_ms:9.2f}{times.p95_ms:9.2f}{times.p99_ms:9.2f}"
+            )
+        lines += [
+            "",
+            "Stages overlap: reading, inference and output run side by side, so the frame rate is "
+            "set by the slowest of them, not by their sum.",
+        ]
+        lines += list(self.notes)
+        return "\n".join(lines)
+
+    def report(self) -> Report:
+        """The same as a page."""
+        return Report(
+            title=f"{self.model}: {self.summary.fps:.1f} frames per second",
+            subtitle=f"{self.description} · {self.source}",
+            sections=(
+                Section("", (speed_figures(self.summary, self.peak_rss_mb),)),
+                Section("Where the time of a frame goes", stage_blocks(self.summary)),
+                Section(
+                    "The last frame",
+                    (
+                        Pictures(
+                            (
+                                Picture(self.last.frame.pixels, "as it came"),
+                                Picture(self.last.draw(), "with its classes"),
+                            )
+                        ),
+                    ),
+                ),
+            ),
+            footer=DEFINITIONS,
+        )
+
+
+#: what the figures mean, for the foot of a page
+DEFINITIONS = (
+    "Frames per second: finished masks minus one, over the time from the first finished mask to "
+    "the last; reading, resizing, network, upsampling and bringing the mask to frame size are all "
+    "in it. Mask age: from the moment the source had the frame to its finished mask."
+)
+
+
+def speed_figures(summary: Summary, peak_rss_mb: float) -> Figures:
+    """The tiles of a speed report."""
+    return Figures(
+        (
+            Figure(f"{summary.fps:.1f}", "frames per second", "frame to finished mask"),
+            Figure(f"{summary.mask_age_ms.p50:.0f} ms", "mask age, median",
+                   f"{summary.mask_age_ms.p99:.0f} ms at the 99th percentile"),
+            Figure(str(summary.frames), "frames", f"{summary.dropped} dropped"),
+            Figure(f"{peak_rss_mb:.0f} MB", "memory at most", "the whole process"),
+        )
+    )
+
+
+def stage_blocks(summary: Summary) -> tuple[Stack | Table | Paragraph, ...]:
+    """Stage times of a speed report: a stacked bar, a table, a remark."""
+    stages = summary.stages
+    blocks: list[Stack | Table | Paragraph] = []
+    if any(times.p50_ms > 0 for times in stages.values()):
+        blocks.append(
+            Stack(
+                tuple(
+                    Bar(label=name, value=times.p50_ms, text=f"{times.p50_ms:.1f} ms")
+                    for name, times in stages.items()
+                ),
+                caption="Median of each stage. Stages of different frames overlap.",
+            )
+        )
+    blocks.append(
+        Table(
+            header=("stage", "p50 ms", "p95 ms", "p99 ms"),
+            rows=tuple(
+                (name, f"{t.p50_ms:.2f}", f"{t.p95_ms:.2f}", f"{t.p99_ms:.2f}")
+                for name, t in stages.items()
+            ),
+            align="lrrr",
+        )
+    )
+    return tuple(blocks)
+
+
+def profile(
+    model: Model,
+    uri: str = "synthetic:?frames=0",
+    *,
+    frames: int = 100,
+    progress: Callable[[int, int], None] | None = None,
+) -> Profile:
+    """Runs ``model`` over ``frames`` frames of ``uri`` and measures, after three to warm up.
+
+    ``progress(done, total)`` is called after each frame. SourceError when the source ends before
+    two frames were measured.
+    """
+    blank = np.zeros((model.spec.height, model.spec.width, 3), np.uint8)
+    for _ in range(_WARM_UP):
+        model(blank)
+    with Pipeline(model.engine, open_source(uri), max_frames=frames) as pipeline:
+        last: SemanticResult | None = None
+        for done, result in enumerate(pipeline, 1):
+            last = result
+            if progress is not None:
+                progress(done, frames)
+        source = pipeline.source
+        summary = pipeline.ledger.summary()
+        notes = source.notes
+        live = source.live
+    if last is None or summary.frames < 2:
+        raise SourceError(f"{uri} gave {summary.frames} frames, and a profile needs two or more")
+    return Profile(
+        model=model.spec.name,
+        engine=model.engine.name,
+        description=model.engine.description,
+        source=uri,
+        frame_size=(last.frame.height, last.frame.width),
+        network_size=(model.spec.height, model.spec.width),
+        live=live,
+        summary=summary,
+        peak_rss_mb=peak_rss_mb(),
+        notes=notes,
+        last=last,
+    )
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts KiB, macOS bytes.
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
