@@ -1,15 +1,13 @@
 """The compiled part of EdgeSeg; everything else is in pyproject.toml.
 
 The extension is optional: without a C++ compiler the install succeeds, engines use standard ONNX
-operators, and ``edgeseg.kernels.build()`` makes up for it later.
+operators, and ``edgeseg.kernels.build()`` makes up for it later. It is a plain C library, loaded
+with ctypes; only its file name is a Python extension's.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 
 # Kept equal to kernels/build.py by a test. No -march: one binary must run on every machine of its
 # architecture, and cpu.cpp picks the instruction set when it runs.
@@ -20,23 +18,8 @@ COMPILE_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fvisibility=hidden",
+    "-pthread",
 ]
-OPENMP_FLAGS = ["-fopenmp"]
-
-
-class BuildCpuLibrary(build_ext):
-    """build_ext that does without OpenMP where the compiler has none."""
-
-    def build_extension(self, ext: Any) -> None:
-        compile_args, link_args = ext.extra_compile_args, ext.extra_link_args
-        try:
-            ext.extra_compile_args = compile_args + OPENMP_FLAGS
-            ext.extra_link_args = link_args + OPENMP_FLAGS
-            super().build_extension(ext)
-        except Exception:
-            ext.extra_compile_args, ext.extra_link_args = compile_args, link_args
-            super().build_extension(ext)
-
 
 setup(
     ext_modules=[
@@ -44,11 +27,11 @@ setup(
             "edgeseg.kernels._cpu",
             sources=["kernels/cpu.cpp"],
             include_dirs=["kernels/include"],
-            depends=["kernels/include/edgeseg/upsample_argmax.h"],
+            depends=["kernels/cpu_loops.h", "kernels/include/edgeseg/upsample_argmax.h"],
             extra_compile_args=COMPILE_FLAGS,
+            extra_link_args=["-pthread"],
             language="c++",
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildCpuLibrary},
 )

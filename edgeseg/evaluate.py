@@ -17,7 +17,6 @@ from edgeseg.errors import DataError, RequestError
 from edgeseg.frame import Frame
 from edgeseg.geometry import Geometry
 from edgeseg.metrics import ConfusionMatrix
-from edgeseg.result import SemanticResult
 
 __all__ = ["Evaluation", "Scorer", "check_classes", "evaluate"]
 
@@ -57,13 +56,14 @@ class Evaluation:
 
 
 class Scorer:
-    """Collects results and their truths, one by one, into an Evaluation.
+    """Collects class maps and their truths, one by one, into an Evaluation.
 
-    For whoever has the masks already, such as a clip with known truth that is being played;
+    ``model``: names of the model's classes, in order; DataError when they are not the truth's. For whoever has the masks already, such as a clip with known truth that is being played;
     `evaluate` runs the model itself. The clock starts with the scorer.
     """
 
-    def __init__(self, classes: ClassList) -> None:
+    def __init__(self, model: tuple[str, ...], classes: ClassList) -> None:
+        check_classes(model, classes)
         self._classes = classes
         self._matrix = ConfusionMatrix(len(classes.names), classes.ignore)
         self._frames = 0
@@ -74,14 +74,12 @@ class Scorer:
         """Pairs added so far."""
         return self._frames
 
-    def add(self, result: SemanticResult, truth: NDArray[np.uint8]) -> None:
-        """Counts one frame; ``truth`` is (frame height, frame width) uint8.
+    def add(self, class_map: NDArray[np.uint8], truth: NDArray[np.uint8]) -> None:
+        """Counts one frame; both are (frame height, frame width) uint8.
 
-        Raises DataError when the model's classes are not those of the truth, the sizes differ, or
-        a label is out of range.
+        Raises DataError when the sizes differ or a label is out of range.
         """
-        check_classes(result.spec.classes, self._classes)
-        self._matrix.update(result.class_map, truth)
+        self._matrix.update(class_map, truth)
         self._frames += 1
 
     def evaluation(self, *, data: str, split: str, engine: str) -> Evaluation:
@@ -118,18 +116,15 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise RequestError(f"an evaluation needs at least one frame, and a limit of {limit} came")
-    check_classes(engine.spec.classes, dataset.classes)
+    scorer = Scorer(engine.spec.classes, dataset.classes)
     total = len(dataset) if limit is None else min(limit, len(dataset))
-    scorer = Scorer(dataset.classes)
     for done in range(total):
         sample = dataset.sample(done * len(dataset) // total)
         frame = Frame.of(sample.pixels, done)
         geometry = Geometry.between(frame.height, frame.width, engine.spec)
         outputs = engine.run(geometry.fit(frame.pixels))
         try:
-            scorer.add(
-                SemanticResult.from_outputs(outputs, frame, geometry, engine.spec), sample.labels
-            )
+            scorer.add(geometry.restore(outputs.class_map), sample.labels)
         except DataError as error:
             raise DataError(f"{dataset.title} {dataset.split}, {sample.name}: {error}") from error
         if progress is not None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.frame import Pixels
-from edgeseg.spec import ModelSpec
+from edgeseg.spec import Fit, ModelSpec
 
 __all__ = ["Geometry"]
 
@@ -40,18 +40,25 @@ class Geometry:
     @classmethod
     def between(cls, frame_height: int, frame_width: int, spec: ModelSpec) -> Geometry:
         """The geometry for frames of this size and this model."""
-        inner_height, inner_width = spec.height, spec.width
-        if spec.fit == "letterbox":
-            scale = min(spec.height / frame_height, spec.width / frame_width)
-            inner_height = min(max(round(frame_height * scale), 1), spec.height)
-            inner_width = min(max(round(frame_width * scale), 1), spec.width)
+        return cls.fitting(frame_height, frame_width, spec.height, spec.width, fit=spec.fit)
+
+    @classmethod
+    def fitting(
+        cls, frame_height: int, frame_width: int, height: int, width: int, *, fit: Fit
+    ) -> Geometry:
+        """The geometry for frames of this size and a network input of ``height`` x ``width``."""
+        inner_height, inner_width = height, width
+        if fit == "letterbox":
+            scale = min(height / frame_height, width / frame_width)
+            inner_height = min(max(round(frame_height * scale), 1), height)
+            inner_width = min(max(round(frame_width * scale), 1), width)
         return cls(
             frame_height=frame_height,
             frame_width=frame_width,
-            height=spec.height,
-            width=spec.width,
-            top=(spec.height - inner_height) // 2,
-            left=(spec.width - inner_width) // 2,
+            height=height,
+            width=width,
+            top=(height - inner_height) // 2,
+            left=(width - inner_width) // 2,
             inner_height=inner_height,
             inner_width=inner_width,
         )

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -50,6 +51,8 @@ _LONGEST_GAP_S = 10.0
 
 _ESCAPE = 27
 
+_Sink = TypeVar("_Sink", bound="Sink")
+
 
 class Sink(ABC):
     """Takes results, one after the other, in one thread.
@@ -75,7 +78,7 @@ class Sink(ABC):
         """Takes back what is not finished; never raises SinkError. Does nothing when closed."""
         self.close()
 
-    def __enter__(self) -> Sink:
+    def __enter__(self: _Sink) -> _Sink:
         return self
 
     def __exit__(

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import parse_qsl
 
 import cv2
@@ -56,6 +56,8 @@ _KNOWN = (
 # Files may differ from their header by one frame without anything being wrong: many containers
 # state a duration, and the count is made from it.
 _HEADER_TOLERANCE = 1
+
+_Source = TypeVar("_Source", bound="Source")
 
 
 class Source(ABC):
@@ -127,7 +129,7 @@ class Source(ABC):
         self._closed.set()
         self._release_once()
 
-    def __enter__(self) -> Source:
+    def __enter__(self: _Source) -> _Source:
         return self
 
     def __exit__(
@@ -233,10 +235,11 @@ class ImageSource(Source):
             return ()
         named = ", ".join(self._unreadable[:5])
         more = len(self._unreadable) - 5
-        return (
+        note = (
             f"{len(self._unreadable)} of {len(self._paths)} images could not be read and were "
-            f"skipped: {named}{f' and {more} more' if more > 0 else ''}",
+            f"skipped: {named}{f' and {more} more' if more > 0 else ''}"
         )
+        return (note,)
 
     def _read(self) -> Frame | None:
         if self._ahead is not None:
@@ -330,10 +333,11 @@ class VideoSource(_CaptureSource):
             return ()
         if abs(self._length - self._frames) <= _HEADER_TOLERANCE:
             return ()
-        return (
+        note = (
             f"the header of {self._uri} promises {self._length} frames and {self._frames} "
-            "could be read",
+            "could be read"
         )
+        return (note,)
 
     def _read(self) -> Frame | None:
         if self._ahead is not None:

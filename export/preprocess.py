@@ -6,18 +6,19 @@ definition says. Training, ``verify`` and the tests use it.
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgeseg.export.models import definition_of
-from edgeseg.export.models.semantic import SemanticNetwork
+from edgeseg.dataset import Dataset
+from edgeseg.export.models import SemanticNetwork, definition_of
 from edgeseg.frame import Pixels
-from edgeseg.spec import Preprocessing
+from edgeseg.geometry import Geometry
+from edgeseg.metrics import ConfusionMatrix
+from edgeseg.spec import Fit, Preprocessing
 
-__all__ = ["class_map_of", "network_input"]
+__all__ = ["class_map_of", "evaluate_network", "network_input"]
 
 
 def network_input(pixels: Pixels, preprocessing: Preprocessing) -> Tensor:
@@ -30,18 +31,35 @@ def network_input(pixels: Pixels, preprocessing: Preprocessing) -> Tensor:
     return (x / 255 - mean) / std
 
 
+@torch.inference_mode()
 def class_map_of(
-    network: SemanticNetwork, pixels: Pixels, size: tuple[int, int]
+    network: SemanticNetwork, pixels: Pixels, size: tuple[int, int], *, fit: Fit = "stretch"
 ) -> NDArray[np.uint8]:
     """Class map at the size of ``pixels``, computed at network ``size`` (height, width).
 
-    ``network`` must be in eval mode. The picture is stretched with half-pixel centres; the class
-    map comes back by nearest neighbour.
+    ``network`` must be in eval mode. The frame's way in and out is the device's own.
     """
-    height, width = pixels.shape[:2]
-    fitted = cv2.resize(pixels, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-    logits = network(network_input(fitted, definition_of(network).preprocessing))
-    class_map = logits[0].argmax(dim=0).to(torch.uint8).numpy()
-    return cv2.resize(  # type: ignore[return-value]
-        class_map, (width, height), interpolation=cv2.INTER_NEAREST_EXACT
-    )
+    geometry = Geometry.fitting(pixels.shape[0], pixels.shape[1], *size, fit=fit)
+    fitted = network_input(geometry.fit(pixels), definition_of(network).preprocessing)
+    return geometry.restore(network(fitted)[0].argmax(dim=0).to(torch.uint8).numpy())
+
+
+def evaluate_network(
+    network: SemanticNetwork,
+    dataset: Dataset,
+    size: tuple[int, int],
+    *,
+    fit: Fit = "stretch",
+    limit: int | None = None,
+) -> ConfusionMatrix:
+    """Confusion of ``network``, put into eval mode, on ``dataset`` at network ``size``.
+
+    ``limit``: that many pictures at most, spread evenly.
+    """
+    confusion = ConfusionMatrix(len(dataset.classes.names), dataset.classes.ignore)
+    network.eval()
+    total = len(dataset) if limit is None else min(limit, len(dataset))
+    for done in range(total):
+        sample = dataset.sample(done * len(dataset) // total)
+        confusion.update(class_map_of(network, sample.pixels, size, fit=fit), sample.labels)
+    return confusion

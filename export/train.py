@@ -25,8 +25,8 @@ from edgeseg.export.augment import Augmentation
 from edgeseg.export.losses import ohem_cross_entropy
 from edgeseg.export.models import create, definition
 from edgeseg.export.models.semantic import SemanticNetwork
+from edgeseg.export.preprocess import evaluate_network
 from edgeseg.export.weights import load_weights, save_weights
-from edgeseg.metrics import ConfusionMatrix
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -194,28 +194,6 @@ class _Batches:
         self._stop.set()
         for thread in self._threads:
             thread.join(timeout=5)
-
-
-@torch.inference_mode()
-def evaluate_network(
-    network: SemanticNetwork,
-    dataset: Dataset,
-    size: tuple[int, int],
-    *,
-    limit: int | None = None,
-) -> ConfusionMatrix:
-    """Confusion of ``network`` (as it is, in eval mode) on ``dataset`` at network ``size``.
-
-    Pictures are stretched to ``size`` and class maps brought back to label size, as on a device.
-    """
-    from edgeseg.export.preprocess import class_map_of  # noqa: PLC0415
-
-    confusion = ConfusionMatrix(len(dataset.classes.names), dataset.classes.ignore)
-    network.eval()
-    for index in range(len(dataset) if limit is None else min(limit, len(dataset))):
-        sample = dataset.sample(index)
-        confusion.update(class_map_of(network, sample.pixels, size), sample.labels)
-    return confusion
 
 
 def train(

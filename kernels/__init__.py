@@ -175,7 +175,7 @@ def _run(
 
 def available_cores() -> int:
     """Cores that this process may use."""
-    # Not OpenMP's own count, which ignores changes of affinity made after it started.
+    # Containers and taskset allow fewer than the machine has.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -20,8 +20,8 @@ __all__ = ["ABI_VERSION", "build", "library_candidates"]
 ABI_VERSION = 1
 """What ``edgeseg_abi_version()`` of a fitting library returns; ``kAbiVersion`` in cpu.cpp."""
 
-# The same lists are in setup.py, which cannot import this package before it is installed; a test
-# compares them. No fused multiply-add: results must not depend on whether a machine has it.
+# The same list is in setup.py, which cannot import this package before it is installed; a test
+# compares the two. No fused multiply-add: results must not depend on whether a machine has it.
 COMPILE_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -29,8 +29,8 @@ COMPILE_FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fvisibility=hidden",
+    "-pthread",
 )
-OPENMP_FLAGS = ("-fopenmp",)
 
 _SOURCES = Path(__file__).parent
 _LIBRARY_NAME = "_cpu.so"
@@ -89,8 +89,8 @@ def build(directory: Path | None = None) -> Path:
 
     ``directory`` takes the library; by default that is the package's own folder, or the per-user
     cache folder where the package's is read-only, and ``load`` finds it in either. The compiler is
-    ``CXX``, else c++, g++ or clang++. OpenMP is used when the compiler has it. The file appears
-    whole or not at all. A library that is already loaded stays so until the process ends.
+    ``CXX``, else c++, g++ or clang++. The file appears whole or not at all. A library that is
+    already loaded stays so until the process ends.
 
     Raises ``KernelError`` without a compiler, without a folder that can be written, and when
     compilation fails.
@@ -111,18 +111,17 @@ def build(directory: Path | None = None) -> Path:
     shared = ["-dynamiclib"] if sys.platform == "darwin" else ["-shared"]
     fixed = [*COMPILE_FLAGS, "-fPIC", *shared, f"-I{_SOURCES / 'include'}", str(source)]
     try:
-        for openmp in (OPENMP_FLAGS, ()):
-            command = [*compiler, *fixed, *openmp, "-o", str(temporary)]
-            try:
-                result = subprocess.run(command, capture_output=True, text=True, check=False)
-            except OSError as error:
-                raise KernelError(
-                    f"The C++ compiler {compiler[0]} cannot be run ({error}); set CXX to another."
-                ) from error
-            if result.returncode == 0:
-                temporary.chmod(0o755)
-                temporary.replace(target)
-                return target
+        command = [*compiler, *fixed, "-o", str(temporary)]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise KernelError(
+                f"The C++ compiler {compiler[0]} cannot be run ({error}); set CXX to another."
+            ) from error
+        if result.returncode == 0:
+            temporary.chmod(0o755)
+            temporary.replace(target)
+            return target
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         said = next((line for line in lines if "error" in line.lower()), (lines or [""])[0])
         raise KernelError(

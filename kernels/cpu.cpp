@@ -4,18 +4,19 @@
 // each function returns one of the codes below. The loops, in cpu_loops.h, are compiled once per
 // instruction set, so one portable binary uses AVX2 or AVX-512 where they are.
 
+#include <pthread.h>
 #include <stdint.h>
 #include <string.h>
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
 #include <new>
+#include <thread>
 #include <utility>
 #include <vector>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "edgeseg/upsample_argmax.h"
 
@@ -44,6 +45,11 @@ constexpr int32_t kTilePixels = kTileSide * kTileSide;
 constexpr int32_t kPaddedClasses = 256;
 static_assert(kPaddedClasses >= edgeseg::kMaxClasses && kPaddedClasses % kMaxLanes == 0,
               "room for every class in whole vectors");
+
+constexpr int32_t kKnownFlags =
+    edgeseg::kAlignCorners | edgeseg::kNoShortCut | edgeseg::kPortableCode | edgeseg::kAvx2Code;
+
+constexpr int32_t kMaxThreads = 256;
 
 constexpr uint8_t kClear = 1;      // no lower class can tie with the winner after rounding
 constexpr uint8_t kSaturated = 2;  // confidence is 255 with room to spare
@@ -178,14 +184,19 @@ EDGESEG_TARGET_END
 
 namespace {
 
-ComputeStrips choose_compute_strips() {
+// The fastest code that this processor runs, within what the flags allow.
+ComputeStrips choose_compute_strips(int32_t flags) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return avx512::compute_strips;
+  static const bool has_avx2 = (__builtin_cpu_init(), __builtin_cpu_supports("avx2"));
+  static const bool has_avx512 =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if ((flags & edgeseg::kPortableCode) == 0) {
+    if (has_avx512 && (flags & edgeseg::kAvx2Code) == 0) return avx512::compute_strips;
+    if (has_avx2) return avx2::compute_strips;
   }
-  if (__builtin_cpu_supports("avx2")) return avx2::compute_strips;
+#else
+  (void)flags;
 #endif
   return portable::compute_strips;
 }
@@ -207,26 +218,116 @@ int32_t run_chunk(ComputeStrips compute, const Job& job, int32_t begin, int32_t 
   }
 }
 
+// A job cut into chunks that any thread may take. Lives on the stack of the thread that asked.
+struct Task {
+  const Job& job;
+  ComputeStrips compute;
+  int32_t chunks;
+  int32_t helpers_wanted;
+  int32_t helpers_inside = 0;
+  std::atomic<int32_t> next_chunk{0};
+  std::atomic<int32_t> status{kOk};
+  Task* next = nullptr;
+
+  Task(const Job& its_job, ComputeStrips its_compute, int32_t its_chunks, int32_t helpers)
+      : job(its_job), compute(its_compute), chunks(its_chunks), helpers_wanted(helpers) {}
+
+  void work() noexcept {
+    for (int64_t chunk; (chunk = next_chunk.fetch_add(1)) < chunks;) {
+      const int64_t height = job.y_axis->grid.source;
+      const int32_t result = run_chunk(compute, job, static_cast<int32_t>(height * chunk / chunks),
+                                       static_cast<int32_t>(height * (chunk + 1) / chunks));
+      if (result != kOk) status.store(result);
+    }
+  }
+};
+
+// Threads that help with chunks. OpenMP would do, but its teams wait for every member, and on a
+// device whose cores are busy with capture and inference a member that only has to wake up to find
+// nothing left can cost a scheduler's slice, 8 ms for a job of 0.4. Here the asking thread works
+// too, and waits only for helpers that have a chunk in hand.
+class Helpers {
+ public:
+  void run(Task* task) {
+    grow(task->helpers_wanted);
+    const int32_t wanted = task->helpers_wanted;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      task->next = waiting_;
+      waiting_ = task;
+    }
+    for (int32_t i = 0; i < wanted; ++i) task_came_.notify_one();
+    task->work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    remove(task);
+    helper_left_.wait(lock, [&] { return task->helpers_inside == 0; });
+  }
+
+ private:
+  void grow(int32_t count) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    try {
+      for (; count_ < count; ++count_) std::thread([this] { serve(); }).detach();
+    } catch (const std::exception&) {
+      // No more threads to be had: those that there are do the work.
+    }
+  }
+
+  void remove(Task* task) {
+    for (Task** link = &waiting_; *link != nullptr; link = &(*link)->next) {
+      if (*link == task) {
+        *link = task->next;
+        return;
+      }
+    }
+  }
+
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      task_came_.wait(lock, [this] { return waiting_ != nullptr; });
+      Task* task = waiting_;
+      ++task->helpers_inside;
+      if (--task->helpers_wanted == 0) remove(task);
+      lock.unlock();
+      task->work();
+      lock.lock();
+      if (--task->helpers_inside == 0) helper_left_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable task_came_;
+  std::condition_variable helper_left_;
+  Task* waiting_ = nullptr;
+  int32_t count_ = 0;
+};
+
+// Never destroyed: helpers sleep in it until the process ends.
+std::atomic<Helpers*> helpers{nullptr};
+
+Helpers* shared_helpers() {
+  static const bool made = [] {
+    helpers.store(new Helpers);
+    // A forked child has none of its parent's threads, and maybe a locked mutex: it starts anew.
+    pthread_atfork(nullptr, nullptr, [] { helpers.store(new (std::nothrow) Helpers); });
+    return true;
+  }();
+  (void)made;
+  return helpers.load();
+}
+
 }  // namespace
 
 // The number that a caller compares with its own before anything else.
 EDGESEG_EXPORT int32_t edgeseg_abi_version(void) { return kAbiVersion; }
 
-// 1 when the library was built with OpenMP, else 0 (`threads` is then ignored).
-EDGESEG_EXPORT int32_t edgeseg_has_openmp(void) {
-#ifdef _OPENMP
-  return 1;
-#else
-  return 0;
-#endif
-}
-
 // EdgeSegUpsampleArgmax; the definition is in edgeseg/upsample_argmax.h.
 //   logits      (classes, height, width) float32, contiguous, 1 <= classes <= 255
 //   class_map   (target_height, target_width) uint8, written
 //   confidence  the same shape, written, or null
-//   flags       kAlignCorners | kNoShortCut
-//   threads     at least 1, or 0 for as many as OpenMP would take
+//   flags       kAlignCorners | kNoShortCut | kPortableCode | kAvx2Code
+//   threads     at least 1
 // Returns 0, or 1 for an argument outside these bounds, or 2 without memory.
 EDGESEG_EXPORT int32_t edgeseg_upsample_argmax(const float* logits, int32_t classes, int32_t height,
                                                int32_t width, uint8_t* class_map,
@@ -235,10 +336,10 @@ EDGESEG_EXPORT int32_t edgeseg_upsample_argmax(const float* logits, int32_t clas
                                                int32_t threads) {
   if (logits == nullptr || class_map == nullptr || classes < 1 || classes > edgeseg::kMaxClasses ||
       !is_side(height) || !is_side(width) || !is_side(target_height) || !is_side(target_width) ||
-      threads < 0 || (flags & ~(edgeseg::kAlignCorners | edgeseg::kNoShortCut)) != 0) {
+      threads < 1 || (flags & ~kKnownFlags) != 0) {
     return kBadArgument;
   }
-  static const ComputeStrips compute = choose_compute_strips();
+  const ComputeStrips compute = choose_compute_strips(flags);
   thread_local Axis x_axis;
   thread_local Axis y_axis;
   const bool align_corners = (flags & edgeseg::kAlignCorners) != 0;
@@ -252,23 +353,16 @@ EDGESEG_EXPORT int32_t edgeseg_upsample_argmax(const float* logits, int32_t clas
                    width,   class_map, confidence,
                    &x_axis, &y_axis,   (flags & edgeseg::kNoShortCut) == 0};
 
-#ifdef _OPENMP
-  const int32_t team = threads > 0 ? threads : omp_get_max_threads();
-#else
-  const int32_t team = 1;
-#endif
+  const int32_t team = std::min(threads, kMaxThreads);
   if (team == 1) return run_chunk(compute, job, 0, height);
   // More chunks than threads, because busy regions of an image cost more than empty ones.
-  const int32_t chunks = std::min(height, 4 * team);
-  std::atomic<int32_t> status(kOk);
-#ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
-#endif
-  for (int32_t chunk = 0; chunk < chunks; ++chunk) {
-    const int32_t begin = static_cast<int32_t>(static_cast<int64_t>(height) * chunk / chunks);
-    const int32_t end = static_cast<int32_t>(static_cast<int64_t>(height) * (chunk + 1) / chunks);
-    const int32_t result = run_chunk(compute, job, begin, end);
-    if (result != kOk) status.store(result);
+  Task task(job, compute, std::min(height, 4 * team), team - 1);
+  try {
+    Helpers* pool = shared_helpers();
+    if (pool == nullptr) return kOutOfMemory;
+    pool->run(&task);
+  } catch (const std::bad_alloc&) {
+    return kOutOfMemory;
   }
-  return status.load();
+  return task.status.load();
 }

@@ -121,10 +121,12 @@ EDGESEG_INLINE int32_t keep_candidates(const Corners& all, int32_t classes,
     bool seen = false;
     for (int32_t before = 0; before < w; ++before) seen |= corner_winner[before] == rival;
     if (seen) continue;
-    const float top_left = edgeseg::beaten_below(all.top_left[rival]);
-    const float top_right = edgeseg::beaten_below(all.top_right[rival]);
-    const float bottom_left = edgeseg::beaten_below(all.bottom_left[rival]);
-    const float bottom_right = edgeseg::beaten_below(all.bottom_right[rival]);
+    const Floats top_left = edgeseg::splat<Floats>(edgeseg::beaten_below(all.top_left[rival]));
+    const Floats top_right = edgeseg::splat<Floats>(edgeseg::beaten_below(all.top_right[rival]));
+    const Floats bottom_left =
+        edgeseg::splat<Floats>(edgeseg::beaten_below(all.bottom_left[rival]));
+    const Floats bottom_right =
+        edgeseg::splat<Floats>(edgeseg::beaten_below(all.bottom_right[rival]));
     for (int32_t c = 0; c < classes; c += kLanes) {
       Ints beaten;
       memcpy(&beaten, work->beaten + c, sizeof beaten);

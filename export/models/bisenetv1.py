@@ -166,6 +166,7 @@ class BiSeNetV1(SemanticNetwork):
     """BiSeNet with a ResNet-18 context path; 13.3 M parameters with 19 classes."""
 
     auxiliary_prefixes = ("conv_out16.", "conv_out32.")
+    classifier = "conv_out.conv_out.weight"
     image_convolutions = ("cp.resnet.conv1.weight", "sp.conv1.conv.weight")
 
     def __init__(self, num_classes: int, *, auxiliary_heads: bool = False) -> None:

@@ -232,6 +232,7 @@ class BiSeNetV2(SemanticNetwork):
     """BiSeNetV2; 3.4 M parameters with 19 classes, 5.2 M with the training heads."""
 
     auxiliary_prefixes = ("aux2.", "aux3.", "aux4.", "aux5_4.")
+    classifier = "head.conv_out.1.weight"
     image_convolutions = ("detail.S1.0.conv.weight", "segment.S1S2.conv.conv.weight")
 
     def __init__(self, num_classes: int, *, auxiliary_heads: bool = False) -> None:

@@ -24,6 +24,8 @@ class SemanticNetwork(nn.Module):
     auxiliary_prefixes: ClassVar[tuple[str, ...]] = ()
     #: state_dict keys of the convolutions that read the image; export folds the channel order there
     image_convolutions: ClassVar[tuple[str, ...]] = ()
+    #: state_dict key of the classifier; its first axis has one entry per class
+    classifier: ClassVar[str]
     #: convention of the last upsampling
     align_corners: ClassVar[bool] = False
 

@@ -189,12 +189,14 @@ def test_a_model_of_other_classes_does_not_run() -> None:
 def test_a_scorer_fed_by_hand_agrees_with_evaluate() -> None:
     data = Painted(truths(3))
     engine = BlueEngine(wrong=frozenset({8}))
-    scorer = Scorer(CAMVID)
+    scorer = Scorer(SPEC.classes, CAMVID)
     for sample in data:
         frame = Frame.of(sample.pixels)
         geometry = Geometry.between(frame.height, frame.width, SPEC)
         outputs = engine.run(geometry.fit(frame.pixels))
-        scorer.add(SemanticResult.from_outputs(outputs, frame, geometry, SPEC), sample.labels)
+        scorer.add(
+            SemanticResult.from_outputs(outputs, frame, geometry, SPEC).class_map, sample.labels
+        )
     by_hand = scorer.evaluation(data="painted", split="val", engine="blue")
     assert scorer.frames == 3
     assert replace(by_hand, seconds=0) == replace(evaluate(engine, data), seconds=0)

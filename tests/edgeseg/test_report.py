@@ -225,7 +225,7 @@ def test_pictures_can_be_read_back(
         (lambda: Stack((Bar("a", 0.0, ""),)), "longer than 0"),
         (lambda: Pictures((), columns=5), "1 to 4 columns, and 5"),
         (lambda: page(Pictures((Picture(np.zeros((0, 3, 3), np.uint8)),))), r"\(0, 3, 3\)"),
-        (lambda: page(Pictures((Picture(np.zeros((2, 2, 3))),))), "float64"),
+        (lambda: page(Pictures((Picture(np.zeros((2, 2, 3))),))), "float64"),  # type: ignore[arg-type]
     ],
 )
 def test_blocks_that_cannot_be(make: Callable[[], object], message: str) -> None:

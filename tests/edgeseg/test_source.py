@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,7 +48,7 @@ def write_video(path: Path, frames: int, codec: str, fps: float = 20.0) -> Path:
         writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), fps, (64, 48))
         opened = writer.isOpened()
         for index in range(frames):
-            writer.write(plain(4 * index))
+            writer.write(plain(8 * index % 256))
         writer.release()
     if not opened:
         pytest.skip(f"this OpenCV cannot write {codec}")
@@ -69,7 +70,9 @@ def test_video_file(tmp_path: Path, name: str, codec: str) -> None:
         assert (source.live, source.size, source.fps, source.length) == (False, (48, 64), 20.0, 30)
         frames = list(source)
     assert [frame.index for frame in frames] == list(range(30))
-    assert all(abs(level(frame) - 4 * frame.index) < 3 for frame in frames)
+    assert [level(frame) for frame in frames] == pytest.approx(
+        [8.0 * index for index in range(30)], abs=6
+    )
     assert all(frame.pixels.shape == (48, 64, 3) for frame in frames)
     captured = [frame.captured_ns for frame in frames]
     assert captured == sorted(captured)
@@ -159,7 +162,7 @@ def test_folder_in_natural_order_whatever_the_images_are(tmp_path: Path) -> None
         frames = list(source)
     assert [round(level(frame) / 10) for frame in frames] == [1, 2, 3, 4, 5, 6, 7, 10]
     assert [frame.index for frame in frames] == list(range(8))
-    assert {(frame.pixels.dtype, frame.pixels.ndim) for frame in frames} == {(np.uint8, 3)}
+    assert {(frame.pixels.dtype.name, frame.pixels.ndim) for frame in frames} == {("uint8", 3)}
     assert frames[1].pixels.shape == (30, 40, 3)
     assert source.notes == ()
 
@@ -295,7 +298,7 @@ def test_live_street_skips_what_came_too_late(monkeypatch: pytest.MonkeyPatch) -
             now_ns += round(seconds * 1e9)
             return False
 
-        monkeypatch.setattr(source_module.time, "monotonic_ns", clock)
+        monkeypatch.setattr(time, "monotonic_ns", clock)
         monkeypatch.setattr(source._closed, "wait", wait)
         frames = iter(source)
         assert next(frames).index == 0
@@ -389,7 +392,9 @@ def test_network_stream_that_stops_times_out() -> None:
         try:
             with (
                 open_source(f"{address}/video", timeout_s=0.5) as source,
-                pytest.raises(SourceError, match=r"gave nothing for 0\.5 seconds, after 1\d frames"),
+                pytest.raises(
+                    SourceError, match=r"gave nothing for 0\.5 seconds, after 1\d frames"
+                ),
             ):
                 list(source)
         finally:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +27,8 @@ Map = NDArray[np.uint8]
 
 ALIGN_CORNERS = 1
 NO_SHORT_CUT = 2
+PORTABLE_CODE = 4
+AVX2_CODE = 8
 
 # classes, source height and width, target height and width
 CASES = [
@@ -70,19 +75,19 @@ def smooth_logits(classes: int, height: int, width: int, seed: int = 0) -> Logit
     """Random waves: regions of one class with soft borders, some winners beyond doubt."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
-    fields = np.zeros((classes, height, width))
+    fields: NDArray[np.float64] = np.zeros((classes, height, width))
     for _ in range(3):
         frequency_y, frequency_x, phase = rng.uniform(-0.4, 0.4, (3, classes, 1, 1))
         fields += rng.normal(0, 6, (classes, 1, 1)) * np.cos(
             frequency_y * y + frequency_x * x + 8 * phase
         )
-    return fields.astype(np.float32)
+    return np.asarray(fields, dtype=np.float32)
 
 
 def quantized_logits(classes: int, height: int, width: int, seed: int = 0) -> Logits:
     """Few distinct values, as from an INT8 layer: ties everywhere."""
     logits = smooth_logits(classes, height, width, seed) * np.float32(0.25)
-    return (np.round(logits) * np.float32(0.37)).astype(np.float32)
+    return np.asarray(np.round(logits) * np.float32(0.37), dtype=np.float32)
 
 
 KINDS = [random_logits, smooth_logits, quantized_logits]
@@ -264,6 +269,54 @@ def test_short_cut_keeps_ties_that_rounding_makes() -> None:
     assert 0 < np.mean(full[0] == 0) < 1
 
 
+@pytest.mark.parametrize("code", [PORTABLE_CODE, AVX2_CODE], ids=["portable", "avx2"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("classes", "height", "width", "target_height", "target_width"), CASES)
+def test_instruction_sets_give_the_same_bytes(
+    kind: Callable[..., Logits],
+    classes: int,
+    height: int,
+    width: int,
+    target_height: int,
+    target_width: int,
+    code: int,
+) -> None:
+    logits = kind(classes, height, width)
+    size = (target_height, target_width)
+    for flags in (0, NO_SHORT_CUT, ALIGN_CORNERS):
+        np.testing.assert_array_equal(run(logits, size, flags | code), run(logits, size, flags))
+
+
+def test_concurrent_calls_do_not_mix() -> None:
+    jobs = [(kind(19, 20, 30, seed), 160 + 8 * seed) for seed in range(3) for kind in KINDS]
+    expected = [kernels.upsample_argmax(logits, (side, side), threads=1) for logits, side in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            maps = pool.map(
+                lambda job: kernels.upsample_argmax(job[0], (job[1], job[1]), threads=3), jobs
+            )
+            for got, want in zip(maps, expected, strict=True):
+                np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_works_in_a_forked_child() -> None:
+    # In a process of its own, where no other thread makes the fork unsafe.
+    program = (
+        "import os, numpy as np, edgeseg.kernels as k\n"
+        "logits = np.arange(48, dtype=np.float32).reshape(3, 4, 4)\n"
+        "parent = k.upsample_argmax(logits, (64, 64), threads=4)\n"
+        "pid = os.fork()\n"
+        "same = (k.upsample_argmax(logits, (64, 64), threads=4) == parent).all()\n"
+        "if pid == 0: os._exit(0 if same else 3)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], cwd=KERNELS.parent, timeout=60, check=False
+    )
+    assert result.returncode == 0
+
+
 def test_equal_logits_give_class_0() -> None:
     class_map, confidence = kernels.upsample_argmax_confidence(
         np.full((4, 3, 5), 1.7, np.float32), (24, 40)
@@ -400,7 +453,17 @@ def test_the_library_checks_its_own_arguments() -> None:
     out = np.empty((8, 8), np.uint8)
     good = [GOOD.ctypes.data, 3, 4, 5, out.ctypes.data, None, 8, 8, 0, 1]
     assert function(*good) == 0
-    for index, bad in [(0, None), (1, 0), (1, 256), (2, 0), (3, -1), (4, None), (6, 0), (8, 4)]:
+    for index, bad in [
+        (0, None),
+        (1, 0),
+        (1, 256),
+        (2, 0),
+        (3, -1),
+        (4, None),
+        (6, 0),
+        (8, 16),
+        (9, 0),
+    ]:
         assert function(*good[:index], bad, *good[index + 1 :]) == 1
 
 

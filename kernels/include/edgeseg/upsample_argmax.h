@@ -46,6 +46,8 @@ constexpr float kMinusInfinity = -__builtin_huge_valf();
 // Flags of the extern "C" entry points.
 constexpr int32_t kAlignCorners = 1;  // else half-pixel centres
 constexpr int32_t kNoShortCut = 2;    // every class at every pixel: the reference for tests
+constexpr int32_t kPortableCode = 4;  // CPU: the code that runs anywhere, for tests
+constexpr int32_t kAvx2Code = 8;      // CPU: at most AVX2, for tests
 
 // One axis of the upsampling: `source` samples stretched to `target` positions. The source position
 // of a target position is a fraction of integers, so it is exact for any factor and the same on

@@ -1,0 +1,436 @@
+"""The command line. Each command is one function; heavy imports happen inside it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeseg import __version__
+from edgeseg.errors import EdgeSegError, SinkError
+from edgeseg.progress import progress
+
+if TYPE_CHECKING:
+    from edgeseg.model import Model
+
+__all__ = ["main"]
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 1 for a failure, 2 for a wrong request."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    command: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return command(options)
+    except EdgeSegError as error:
+        print(f"edgeseg: {error}", file=sys.stderr)
+        return error.exit_code
+    except ImportError as error:
+        message = _explained(error)
+        if message is None:
+            raise
+        print(f"edgeseg: {message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("edgeseg: stopped", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (`edgeseg ... | head`); nothing is wrong here.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _explained(error: ImportError) -> str | None:
+    """One sentence for an import that fails because of the machine, None for a mistake of ours."""
+    missing = (error.name or "").partition(".")[0]
+    if missing in ("torch", "onnx", "onnxscript", "onnxruntime", "onnx_ir", "tomli"):
+        return (
+            f"this command prepares models and needs {missing}, which is not installed; "
+            "pip install 'edgeseg[export]' adds it"
+        )
+    if missing in ("cv2", "openvino", "numpy") or ".so" in str(error):
+        return f"a library cannot be loaded ({error}); `edgeseg doctor` says what helps"
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edgeseg",
+        description="Real-time segmentation on edge devices.",
+        epilog="Try `edgeseg demo` first. BUNDLE is a bundle's folder, an ONNX file made by "
+        "`edgeseg export`, or the model that ships with EdgeSeg: streets.",
+    )
+    parser.add_argument("--version", action="version", version=f"edgeseg {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    demo = _command(commands, "demo", _demo, "segment a generated street and show how it went")
+    demo.add_argument("-o", "--output", default="edgeseg-demo", metavar="DIR")
+    demo.add_argument("--frames", type=_count, default=150, metavar="N")
+    _add_engine(demo)
+
+    run = _command(commands, "run", _run, "segment a camera, a video or a folder")
+    run.add_argument("bundle", metavar="BUNDLE")
+    run.add_argument("--source", required=True, metavar="URI", help=_SOURCES)
+    run.add_argument("--save", metavar="PATH", help="a video (.mp4, .avi, .mkv) or a folder")
+    run.add_argument("--show", action="store_true", help="open a window; q closes it")
+    run.add_argument("--frames", type=_count, metavar="N", help="stop after so many")
+    run.add_argument("--opacity", type=float, default=0.5, metavar="0-1")
+    run.add_argument("--no-legend", action="store_true")
+    run.add_argument("--masks", action="store_true", help="with --save DIR: class maps as well")
+    _add_engine(run)
+    _add_json(run)
+
+    profile = _command(commands, "profile", _profile, "measure frames per second, end to end")
+    profile.add_argument("bundle", metavar="BUNDLE")
+    profile.add_argument("--source", default="synthetic:?frames=0", metavar="URI", help=_SOURCES)
+    profile.add_argument("--frames", type=_count, default=100, metavar="N")
+    profile.add_argument("--report", metavar="FILE.html")
+    _add_engine(profile)
+    _add_json(profile)
+
+    evaluate = _command(commands, "eval", _eval, "measure accuracy on labelled pictures")
+    evaluate.add_argument("bundle", metavar="BUNDLE")
+    evaluate.add_argument(
+        "--data", required=True, metavar="URI", help="camvid:DIR or synthetic:?frames=60"
+    )
+    evaluate.add_argument("--split", default="val", metavar="NAME")
+    evaluate.add_argument("--limit", type=_count, metavar="N", help="so many pictures at most")
+    _add_engine(evaluate)
+    _add_json(evaluate)
+
+    export = _command(commands, "export", _export, "make a bundle of a trained PyTorch model")
+    export.add_argument("model", metavar="MODEL", help="bisenetv1, bisenetv2, or streets")
+    export.add_argument("--weights", metavar="FILE", help="the checkpoint (.pt, .pth)")
+    export.add_argument("--size", metavar="HxW", help="network size, height first: 512x1024")
+    export.add_argument("-o", "--output", required=True, metavar="BUNDLE")
+    export.add_argument("--name", metavar="NAME", help="what it is called; the folder's name")
+    export.add_argument("--classes", metavar="A,B,...", help="names of the classes, in order")
+    export.add_argument("--fit", choices=("stretch", "letterbox"), default="stretch")
+    export.add_argument("--confidence", action="store_true", help="add a confidence map")
+    export.add_argument("--half-weights", action="store_true", help="store kernels as fp16")
+    export.add_argument(
+        "--data", metavar="URI", help="labelled pictures to verify and measure on: camvid:DIR"
+    )
+    export.add_argument("--split", default="val", metavar="NAME")
+    _add_json(export)
+
+    train = _command(commands, "train", _train, "train a model by a recipe")
+    train.add_argument("recipe", metavar="RECIPE.toml")
+    train.add_argument("-o", "--output", required=True, metavar="FILE.pt")
+    train.add_argument("--start", metavar="FILE", help="checkpoint or bundle to begin from")
+    train.add_argument(
+        "--validate", action="append", default=[], metavar="URI", help="labelled pictures (val)"
+    )
+    train.add_argument("--minutes", type=float, metavar="M", help="end within so many minutes")
+
+    inspect = _command(commands, "inspect", _inspect, "say what a bundle holds")
+    inspect.add_argument("bundle", metavar="BUNDLE")
+    _add_json(inspect)
+
+    doctor = _command(commands, "doctor", _doctor, "say what is here, and what is missing")
+    _add_json(doctor)
+
+    kernels = _command(commands, "kernels", _kernels, "build the compiled kernels")
+    kernels.add_argument("action", choices=("build",))
+    return parser
+
+
+_SOURCES = (
+    "a video file, a folder or glob of images, a camera's number, http://, rtsp://, or "
+    "synthetic:?seed=3&size=360x480"
+)
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine", metavar="NAME", help="openvino or onnxruntime")
+    parser.add_argument("--threads", type=_whole, default=0, metavar="N", help="0: all")
+    parser.add_argument(
+        "--head",
+        choices=("auto", "compiled", "graph"),
+        default="auto",
+        help="where the masks are brought to network size; auto takes the compiled kernel",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the figures there; - is standard output"
+    )
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("0 or more")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("1 or more")
+    return value
+
+
+def _load(options: argparse.Namespace, bundle: str) -> Model:
+    from edgeseg.model import load
+
+    head = {"auto": None, "compiled": True, "graph": False}[options.head]
+    return load(bundle, engine=options.engine, threads=options.threads, compiled_head=head)
+
+
+def _tell(options: argparse.Namespace, text: str, content: dict[str, object]) -> None:
+    """The outcome for a person, and as JSON where it was asked for."""
+    if options.json != "-":
+        print(text)
+    if options.json is not None:
+        _write_json(options.json, content)
+
+
+def _write_json(target: str, content: dict[str, object]) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    path = Path(target)
+    beside = path.with_name(path.name + ".part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise SinkError(f"{path} cannot be written ({error.strerror})") from error
+
+
+def _check_json(options: argparse.Namespace) -> None:
+    """Refuses a place that cannot be written before any work is done."""
+    if options.json not in (None, "-"):
+        folder = Path(options.json).resolve().parent
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise SinkError(f"{options.json} cannot be written: {folder} is no writable folder")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from edgeseg import kernels
+    from edgeseg.demo import NEXT, run_demo
+
+    with _load(options, "streets") as model, progress("segmenting a street") as update:
+        if not kernels.available():
+            print(
+                "The compiled kernels are not here, so masks are brought to size inside the graph, "
+                "which is slower; with a C++ compiler, `edgeseg kernels build` makes them.",
+                file=sys.stderr,
+            )
+        demo = run_demo(model, Path(options.output), frames=options.frames, progress=update)
+    worst = sorted(
+        (iou, name) for name, iou in demo.evaluation.per_class.items() if iou is not None
+    )
+    print(
+        f"{demo.description}\n\n"
+        f"  {demo.summary.fps:6.1f}  frames per second, frame to finished mask\n"
+        f"  {demo.summary.mask_age_ms.p50:6.1f}  ms from frame to mask, median\n"
+        f"  {demo.evaluation.miou * 100:6.1f}  % mIoU against exact truth "
+        f"(best {worst[-1][1]} {worst[-1][0]:.0%}, weakest {worst[0][1]} {worst[0][0]:.0%})\n\n"
+        f"Look at\n  {demo.video}\n  {demo.report}\n\n"
+        "Now a video of your own:\n  " + NEXT[0]
+    )
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from edgeseg.pipeline import Pipeline
+    from edgeseg.sink import open_sink
+    from edgeseg.source import open_source
+
+    _check_json(options)
+    with _load(options, options.bundle) as model:
+        source = open_source(options.source)
+        with Pipeline(model.engine, source, max_frames=options.frames) as pipeline:
+            total = options.frames or source.length or 0
+            with (
+                open_sink(
+                    options.save,
+                    show=options.show,
+                    fps=source.fps,
+                    opacity=options.opacity,
+                    legend=not options.no_legend,
+                    masks=options.masks,
+                ) as sink,
+                progress(f"segmenting {options.source}") as update,
+            ):
+                try:
+                    for done, result in enumerate(pipeline, 1):
+                        started_ns = time.perf_counter_ns()
+                        sink.write(result)
+                        pipeline.ledger.record("output", time.perf_counter_ns() - started_ns)
+                        update(done, total)
+                        if sink.stopped:
+                            break
+                except KeyboardInterrupt:
+                    # What is finished is kept: leaving the block in peace closes the sink.
+                    print("edgeseg: stopped; what was finished is kept", file=sys.stderr)
+            summary = pipeline.ledger.summary()
+            notes = source.notes
+        lines = [
+            model.engine.description,
+            f"{summary.frames} frames, {summary.dropped} dropped, {summary.fps:.1f} frames per "
+            f"second, mask age {summary.mask_age_ms.p50:.0f} ms (median)",
+            *notes,
+        ]
+        if options.save:
+            lines.append(f"saved {options.save}")
+        content = {**summary.to_dict(), "engine": model.engine.name, "notes": list(notes)}
+        _tell(options, "\n".join(lines), content)
+    return 0
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from edgeseg.profile import profile
+
+    _check_json(options)
+    with _load(options, options.bundle) as model:
+        with progress(f"profiling {options.bundle}") as update:
+            found = profile(model, options.source, frames=options.frames, progress=update)
+        if options.report:
+            found.report().write(options.report)
+        _tell(options, found.render(), found.to_dict())
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from edgeseg.dataset import open_dataset
+    from edgeseg.evaluate import evaluate
+
+    _check_json(options)
+    dataset = open_dataset(options.data, options.split)
+    with _load(options, options.bundle) as model:
+        with progress(f"evaluating on {options.data}") as update:
+            found = evaluate(model.engine, dataset, limit=options.limit, progress=update)
+        lines = [
+            f"{model.spec.name} on {model.engine.description}",
+            f"{found.data} {found.split}, {found.frames} pictures",
+            "",
+            f"{'mIoU':<16}{found.miou:8.4f}",
+            *(
+                f"{name:<16}{'absent' if iou is None else format(iou, '8.4f'):>8}"
+                for name, iou in found.per_class.items()
+            ),
+        ]
+        _tell(options, "\n".join(lines), found.to_dict())
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from edgeseg.bundle import SHIPPED, Bundle
+
+    _check_json(options)
+    if options.model in SHIPPED and options.size is None:
+        bundle = Bundle.open(options.model)
+        target = bundle.copy_to(options.output)
+        _tell(options, f"{target}: {options.model}, as it ships", {"bundle": str(target)})
+        return 0
+    from edgeseg.export.package import ExportRequest, export_bundle
+
+    with progress(f"exporting {options.model}") as update:
+        made = export_bundle(
+            ExportRequest(
+                model=options.model,
+                weights=options.weights,
+                size=options.size,
+                name=options.name,
+                classes=tuple(options.classes.split(",")) if options.classes else None,
+                fit=options.fit,
+                confidence=options.confidence,
+                half_weights=options.half_weights,
+                data=options.data,
+                split=options.split,
+            ),
+            options.output,
+            progress=update,
+        )
+    lines = [
+        made.verification.render(),
+        f"saved {options.output}; try `edgeseg run {options.output} --source YOUR_VIDEO.mp4 "
+        "--save segmented.mp4`",
+    ]
+    _tell(options, "\n".join(lines), made.to_dict())
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from edgeseg.export.train import Recipe, train
+
+    train(
+        Recipe.read(options.recipe),
+        options.output,
+        start=options.start,
+        validate=tuple((uri, "val") for uri in options.validate),
+        minutes=options.minutes,
+    )
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from edgeseg.bundle import Bundle
+
+    _check_json(options)
+    bundle = Bundle.open(options.bundle)
+    spec = bundle.spec
+    order = spec.preprocessing.order.upper()
+    lines = [
+        f"{spec.name}: {spec.task} segmentation with {spec.architecture}",
+        f"  file          {bundle.model_path}",
+        f"  size          {len(bundle.model.content) / 1e6:.1f} MB",
+        f"  input         image uint8 (1, {spec.height}, {spec.width}, 3) BGR; frames are fitted "
+        f"to it by {spec.fit}",
+        f"  output        class_map uint8 (1, {spec.height}, {spec.width})"
+        + (", confidence of the same shape" if spec.confidence else ""),
+        f"  in the graph  {order}, mean {spec.preprocessing.mean}, std {spec.preprocessing.std}",
+        f"  classes       {', '.join(spec.classes)}",
+        f"  golden pair   seed {bundle.golden.seed}",
+    ]
+    for title in ("provenance", "verification", "accuracy"):
+        if bundle.manifest.get(title):
+            lines.append(f"  {title}")
+            lines += [
+                f"    {line}" for line in json.dumps(bundle.manifest[title], indent=2).splitlines()
+            ]
+    content = {"spec": json.loads(spec.to_json()), "manifest": dict(bundle.manifest)}
+    _tell(options, "\n".join(lines), content)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from edgeseg.doctor import examine
+
+    _check_json(options)
+    diagnosis = examine()
+    _tell(options, diagnosis.render(), diagnosis.to_dict())
+    return diagnosis.exit_code
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    from edgeseg.kernels import build
+
+    print(f"built {build()}")
+    return 0
+
