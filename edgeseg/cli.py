@@ -433,4 +433,3 @@ def _kernels(options: argparse.Namespace) -> int:
 
     print(f"built {build()}")
     return 0
-

@@ -19,8 +19,17 @@ from edgeseg.evaluate import Evaluation, Scorer
 from edgeseg.model import Model
 from edgeseg.pipeline import Pipeline, Summary
 from edgeseg.profile import DEFINITIONS, peak_rss_mb, speed_figures, stage_blocks
-from edgeseg.report import Bars, Code, Figure, Figures, Paragraph, Picture, Pictures, Report
-from edgeseg.report import Section
+from edgeseg.report import (
+    Bars,
+    Code,
+    Figure,
+    Figures,
+    Paragraph,
+    Picture,
+    Pictures,
+    Report,
+    Section,
+)
 from edgeseg.result import SemanticResult
 from edgeseg.sink import VideoSink
 from edgeseg.source import SyntheticSource, open_source

@@ -58,7 +58,8 @@ class Evaluation:
 class Scorer:
     """Collects class maps and their truths, one by one, into an Evaluation.
 
-    ``model``: names of the model's classes, in order; DataError when they are not the truth's. For whoever has the masks already, such as a clip with known truth that is being played;
+    ``model``: names of the model's classes, in order; DataError when they are not the truth's.
+    For whoever has the masks already, such as a clip with known truth that is being played;
     `evaluate` runs the model itself. The clock starts with the scorer.
     """
 

@@ -63,8 +63,11 @@ class Model:
 
         SourceError when the source cannot be opened.
         """
-        opened = source if isinstance(source, Source) else open_source(os.fspath(source)
-            if isinstance(source, os.PathLike) else str(source))
+        opened = (
+            source
+            if isinstance(source, Source)
+            else open_source(os.fspath(source) if isinstance(source, os.PathLike) else str(source))
+        )
         return self._results(Pipeline(self._engine, opened, max_frames=frames))
 
     @staticmethod
@@ -105,6 +108,4 @@ def load(
     BundleError, EngineError or RequestError say in one sentence what is wrong and what helps.
     """
     bundle = Bundle.open(source)
-    return Model(
-        bundle, open_engine(bundle, engine, threads=threads, compiled_head=compiled_head)
-    )
+    return Model(bundle, open_engine(bundle, engine, threads=threads, compiled_head=compiled_head))

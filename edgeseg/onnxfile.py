@@ -54,7 +54,7 @@ class Head:
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """The bytes of one ONNX model; BundleError from any method if they are not what they should be."""
+    """The bytes of one ONNX model; any method raises BundleError if they are damaged."""
 
     content: bytes
     name: str = "the model"
@@ -148,7 +148,9 @@ class OnnxFile:
     def _body(self, function: bytes, call: bytes, prefix: str) -> Iterator[Field]:
         """The nodes of ``function`` with the names and attributes of ``call``."""
         names = dict(
-            zip(self._texts(function, _FUNCTION_INPUT), self._texts(call, _NODE_INPUT), strict=False)
+            zip(
+                self._texts(function, _FUNCTION_INPUT), self._texts(call, _NODE_INPUT), strict=False
+            )
         )
         names.update(
             zip(

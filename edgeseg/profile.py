@@ -12,8 +12,18 @@ import numpy as np
 from edgeseg.errors import SourceError
 from edgeseg.model import Model
 from edgeseg.pipeline import Pipeline, Summary
-from edgeseg.report import Bar, Bars, Figure, Figures, Paragraph, Picture, Pictures, Report
-from edgeseg.report import Section, Stack, Table
+from edgeseg.report import (
+    Bar,
+    Figure,
+    Figures,
+    Paragraph,
+    Picture,
+    Pictures,
+    Report,
+    Section,
+    Stack,
+    Table,
+)
 from edgeseg.result import SemanticResult
 from edgeseg.source import open_source
 
@@ -75,9 +85,7 @@ class Profile:
             "stage          p50 ms   p95 ms   p99 ms",
         ]
         for name, times in summary.stages.items():
-            lines.append(
-                f"{name:<12}{times.p50_ms:9.2f}{times.p95_ms:9.2f}{times.p99_ms:9.2f}"
-            )
+            lines.append(f"{name:<12}{times.p50_ms:9.2f}{times.p95_ms:9.2f}{times.p99_ms:9.2f}")
         lines += [
             "",
             "Stages overlap: reading, inference and output run side by side, so the frame rate is "
@@ -123,8 +131,11 @@ def speed_figures(summary: Summary, peak_rss_mb: float) -> Figures:
     return Figures(
         (
             Figure(f"{summary.fps:.1f}", "frames per second", "frame to finished mask"),
-            Figure(f"{summary.mask_age_ms.p50:.0f} ms", "mask age, median",
-                   f"{summary.mask_age_ms.p99:.0f} ms at the 99th percentile"),
+            Figure(
+                f"{summary.mask_age_ms.p50:.0f} ms",
+                "mask age, median",
+                f"{summary.mask_age_ms.p99:.0f} ms at the 99th percentile",
+            ),
             Figure(str(summary.frames), "frames", f"{summary.dropped} dropped"),
             Figure(f"{peak_rss_mb:.0f} MB", "memory at most", "the whole process"),
         )

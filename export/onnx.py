@@ -148,9 +148,7 @@ def _traced(network: SemanticNetwork, spec: ModelSpec) -> onnx.GraphProto:
                 verbose=False,
             )
             assert program is not None
-            optimizer.fold_constants(
-                program.model, input_size_limit=4096, output_size_limit=4096
-            )
+            optimizer.fold_constants(program.model, input_size_limit=4096, output_size_limit=4096)
             optimizer.remove_unused_nodes(program.model)
     finally:
         noisy.setLevel(level)
@@ -202,9 +200,7 @@ def _flip_channels(graph: onnx.GraphProto, keys: tuple[str, ...]) -> None:
     by_name = {tensor.name: tensor for tensor in graph.initializer}
     for key in keys:
         kernel = numpy_helper.to_array(by_name[key])
-        by_name[key].CopyFrom(
-            numpy_helper.from_array(np.ascontiguousarray(kernel[:, ::-1]), key)
-        )
+        by_name[key].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(kernel[:, ::-1]), key))
 
 
 def _prepend_image(graph: onnx.GraphProto, spec: ModelSpec) -> None:
@@ -233,9 +229,7 @@ def _prepend_image(graph: onnx.GraphProto, spec: ModelSpec) -> None:
     graph.node.extend([*nodes, *rest])
     del graph.input[:]
     graph.input.append(
-        helper.make_tensor_value_info(
-            "image", TensorProto.UINT8, [1, spec.height, spec.width, 3]
-        )
+        helper.make_tensor_value_info("image", TensorProto.UINT8, [1, spec.height, spec.width, 3])
     )
 
 
@@ -264,7 +258,10 @@ def _store_as_half(graph: onnx.GraphProto) -> None:
         renamed[tensor.name] = f"{tensor.name}.fp32"
         casts.append(
             helper.make_node(
-                "Cast", [tensor.name], [renamed[tensor.name]], f"{tensor.name}.cast",
+                "Cast",
+                [tensor.name],
+                [renamed[tensor.name]],
+                f"{tensor.name}.cast",
                 to=TensorProto.FLOAT,
             )
         )
@@ -339,9 +336,7 @@ def head_function(*, confidence: bool, align_corners: bool) -> onnx.FunctionProt
         nodes += [
             helper.make_node("Softmax", ["scores"], ["probabilities"], "softmax", axis=1),
             helper.make_node("Constant", [], ["axis"], "axis", value_ints=[1]),
-            helper.make_node(
-                "ReduceMax", ["probabilities", "axis"], ["best"], "best", keepdims=0
-            ),
+            helper.make_node("ReduceMax", ["probabilities", "axis"], ["best"], "best", keepdims=0),
             helper.make_node("Constant", [], ["full"], "full", value_float=255.0),
             helper.make_node("Mul", ["best", "full"], ["scaled"], "scaled"),
             helper.make_node("Round", ["scaled"], ["rounded"], "rounded"),
@@ -361,7 +356,7 @@ def head_function(*, confidence: bool, align_corners: bool) -> onnx.FunctionProt
 
 
 def _vector_of(attribute: str) -> list[onnx.NodeProto]:
-    """Nodes that turn the function's integer ``attribute`` into an int64 tensor (1,) of its name."""
+    """Nodes that make the function's integer ``attribute`` an int64 tensor (1,) of that name."""
     constant = helper.make_node("Constant", [], [f"{attribute}_scalar"], f"{attribute}_scalar")
     reference = onnx.AttributeProto()
     reference.name = "value_int"

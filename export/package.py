@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +148,7 @@ def _network(request: ExportRequest) -> tuple[SemanticNetwork, str, Path]:
     state = read_weights(weights)
     key = DEFINITIONS[architecture].network.classifier
     if key not in state:
-        raise WeightsError(
-            f"the checkpoint {weights} is not of {architecture}: it has no {key}"
-        )
+        raise WeightsError(f"the checkpoint {weights} is not of {architecture}: it has no {key}")
     network = load_weights(create(architecture, int(state[key].shape[0])), state)
     path = Path(weights)
     if path.is_dir():
@@ -257,9 +255,7 @@ def _report(
         Figure(f"{network.parameter_count() / 1e6:.2f} M", "parameters"),
     ]
     for entry in accuracy[:1]:
-        figures.insert(
-            0, Figure(f"{np.float64(entry['miou']) * 100:.1f} %", "mIoU", dataset.title)
-        )
+        figures.insert(0, Figure(f"{np.float64(entry['miou']) * 100:.1f} %", "mIoU", dataset.title))
     engine = open_engine(bundle, available_engines()[0])
     pictures = []
     for shown in range(_SHOWN):

@@ -222,9 +222,7 @@ def train(
     datasets = [open_dataset(source.uri, source.split) for source in recipe.sources]
     classes = _common_classes(datasets)
     checks = [open_dataset(uri, split) for uri, split in validate]
-    network = create(
-        recipe.model, len(classes.names), auxiliary_heads=recipe.auxiliary_heads
-    )
+    network = create(recipe.model, len(classes.names), auxiliary_heads=recipe.auxiliary_heads)
     if start is not None:
         load_weights(network, start)
     network = network.to(memory_format=torch.channels_last)

@@ -33,7 +33,7 @@ def read_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
         return _unwrapped(source, "the mapping")
     path = Path(source)
     if not path.exists() or path.is_dir() or path.suffix == ".onnx":
-        from edgeseg.export.onnx import weights_of_bundle  # noqa: PLC0415 - needs the onnx package
+        from edgeseg.export.onnx import weights_of_bundle
 
         found = weights_of_bundle(source)
         if found is not None:
@@ -89,11 +89,7 @@ def load_weights(
         return not key.startswith(auxiliary) and not key.endswith("num_batches_tracked")
 
     missing = [key for key in wanted if key not in found and counts(key)]
-    unexpected = [
-        key
-        for key in found
-        if key not in wanted and not key.startswith(auxiliary)
-    ]
+    unexpected = [key for key in found if key not in wanted and not key.startswith(auxiliary)]
     shapes = [
         f"{key} {tuple(found[key].shape)} where {tuple(wanted[key].shape)} is wanted"
         for key in wanted

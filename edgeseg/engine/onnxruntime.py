@@ -61,9 +61,7 @@ class OnnxRuntimeEngine:
     def description(self) -> str:
         """One line: library, version, device, threads, head."""
         head = "compiled" if self._head is not None else "in the graph"
-        return (
-            f"ONNX Runtime {onnxruntime.__version__}, CPU, {self._threads} threads, head {head}"
-        )
+        return f"ONNX Runtime {onnxruntime.__version__}, CPU, {self._threads} threads, head {head}"
 
     def run(self, pixels: Pixels) -> Outputs:
         """See ``Engine.run``."""

@@ -94,6 +94,4 @@ def _first_line(error: Exception) -> str:
 
 def open_engine(bundle: Bundle, *, threads: int, compiled_head: bool | None) -> OpenVinoEngine:
     """The model of ``bundle`` on OpenVINO; EngineError when it cannot read the graph."""
-    return OpenVinoEngine(
-        bundle, threads=threads, compiled_head=wants_compiled_head(compiled_head)
-    )
+    return OpenVinoEngine(bundle, threads=threads, compiled_head=wants_compiled_head(compiled_head))

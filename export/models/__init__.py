@@ -34,9 +34,7 @@ class ModelDefinition:
 
 
 # Mean and deviation of the Cityscapes training pictures, as the CoinCheung/BiSeNet checkpoints use.
-_BISENET = Preprocessing(
-    mean=(0.3257, 0.3690, 0.3223), std=(0.2112, 0.2148, 0.2115), order="rgb"
-)
+_BISENET = Preprocessing(mean=(0.3257, 0.3690, 0.3223), std=(0.2112, 0.2148, 0.2115), order="rgb")
 
 DEFINITIONS: dict[str, ModelDefinition] = {
     entry.name: entry
@@ -64,9 +62,7 @@ def definition(name: str) -> ModelDefinition:
     try:
         return DEFINITIONS[name]
     except KeyError:
-        raise RequestError(
-            f"the models are {', '.join(DEFINITIONS)}, and {name!r} came"
-        ) from None
+        raise RequestError(f"the models are {', '.join(DEFINITIONS)}, and {name!r} came") from None
 
 
 def definition_of(network: SemanticNetwork) -> ModelDefinition:
@@ -79,9 +75,7 @@ def definition_of(network: SemanticNetwork) -> ModelDefinition:
     )
 
 
-def create(
-    name: str, num_classes: int, *, auxiliary_heads: bool = False
-) -> BiSeNetV1 | BiSeNetV2:
+def create(name: str, num_classes: int, *, auxiliary_heads: bool = False) -> BiSeNetV1 | BiSeNetV2:
     """A new network with random weights, in eval mode.
 
     ``num_classes``: 1 to 255. ``auxiliary_heads``: also the heads that only training uses.

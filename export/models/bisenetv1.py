@@ -143,9 +143,7 @@ class FeatureFusion(nn.Module):
 class Head(nn.Module):
     """3x3 convolution, 1x1 classifier, bilinear upsampling by ``factor``."""
 
-    def __init__(
-        self, in_channels: int, mid_channels: int, num_classes: int, factor: int
-    ) -> None:
+    def __init__(self, in_channels: int, mid_channels: int, num_classes: int, factor: int) -> None:
         super().__init__()
         self.conv = ConvBNReLU(in_channels, mid_channels)
         self.conv_out = nn.Conv2d(mid_channels, num_classes, 1)

@@ -20,9 +20,7 @@ __all__ = ["BiSeNetV2"]
 def _depthwise(channels: int, out_channels: int, stride: int = 1) -> list[nn.Module]:
     """3x3 depthwise convolution, widening by ``out_channels / channels``, and its batch norm."""
     return [
-        nn.Conv2d(
-            channels, out_channels, 3, stride=stride, padding=1, groups=channels, bias=False
-        ),
+        nn.Conv2d(channels, out_channels, 3, stride=stride, padding=1, groups=channels, bias=False),
         nn.BatchNorm2d(out_channels),
     ]
 
