@@ -37,6 +37,17 @@ from edgeseg._scenery import (
 from edgeseg._sprites import Bytes, Sprite
 from edgeseg._town import Thing, Town
 
+# Least width in pixels (a fence: height) at which a thing is drawn. What is smaller could not be
+# told from its surroundings in the picture, and its label would be noise.
+_LEAST = {
+    "lamp": 4.5,
+    "sign": 16.0,
+    "fence": 14.0,
+    "car": 24.0,
+    "pedestrian": 12.0,
+    "bicyclist": 13.0,
+}
+
 __all__ = ["Painter", "StreetFrame", "StreetInstance"]
 
 Matrix = NDArray[np.float64]
@@ -417,7 +428,7 @@ class Painter:
         self._plane(sprite, BUILDING, thing.x, z, end, 0.0, thing.height, gain=gain)
 
     def _fence(self, thing: Thing, z: float, lap: int) -> None:
-        if z + thing.length < 0.6 or z > min(50.0, self.f * thing.height / 7):
+        if z + thing.length < 0.6 or z > min(50.0, self.f * thing.height / _LEAST["fence"]):
             return
         repeat = max(1, round(thing.length / 4))
         self._plane(
@@ -440,15 +451,15 @@ class Painter:
         self._billboard(sprite, TREE, thing.x, z, 0.0, width, thing.height)
 
     def _lamp(self, thing: Thing, z: float, lap: int) -> None:
-        if not 1.0 < z < max(10.0, self.f * thing.width / 1.5):
+        if not 1.0 < z < max(10.0, self.f * thing.width / _LEAST["lamp"]):
             return
         colour = ((70, 74, 74), (52, 62, 50), (150, 152, 152))[thing.variant]
-        thick = max(2.0, self.f * thing.width / z)
+        thick = self.f * thing.width / z
         u, top, foot = self._u(thing.x, z), self._v(thing.height, z), self._v(0.0, z)
         self._bar(u - thick / 2, top, u + thick / 2, foot, colour, z)
         toward = -1.0 if thing.x > 0 else 1.0
         reach = u + toward * self.f * 1.6 / z
-        arm = max(1.0, thick * 0.6)
+        arm = thick * 0.7
         self._bar(min(u, reach), top, max(u, reach), top + arm, colour, z)
         lamp = reach - toward * self.f * 0.7 / z
         self._bar(min(lamp, reach), top, max(lamp, reach), top + 1.5 * arm + 1, (190, 196, 196), z)
@@ -457,19 +468,19 @@ class Painter:
         self._bar(u - thick * 0.75, base, u + thick * 0.75, foot, colour, z)
 
     def _post(self, thing: Thing, z: float, lap: int) -> None:
-        if not 1.0 < z < max(8.0, self.f * thing.width / 2):
+        if not 1.0 < z < max(8.0, self.f * thing.width / _LEAST["lamp"]):
             return
         colour = ((40, 42, 42), (60, 66, 60), (190, 192, 192))[thing.variant]
-        half = max(2.0, self.f * thing.width / z) / 2
+        half = self.f * thing.width / z / 2
         u = self._u(thing.x, z)
         self._bar(u - half, self._v(thing.height, z), u + half, self._v(0.0, z), colour, z)
 
     def _sign(self, thing: Thing, z: float, lap: int) -> None:
-        if not 1.0 < z < max(8.0, min(60.0, self.f * thing.width / 9)):
+        if not 1.0 < z < max(8.0, min(60.0, self.f * thing.width / _LEAST["sign"])):
             return
         sprite = sprites.sign(thing.variant)
         high = thing.width * sprite.height / sprite.width
-        thick = max(2.0, self.f * (0.1 if thing.width < 2 else 0.2) / z)
+        thick = max(2.0, self.f * (0.16 if thing.width < 2 else 0.3) / z)
         colour = (140, 144, 144) if thing.variant < 10 else (48, 50, 50)
         u, foot = self._u(thing.x, z), self._v(0.0, z)
         offsets = (0.0,) if thing.width < 2 else (-0.35 * thing.width, 0.35 * thing.width)
@@ -481,7 +492,7 @@ class Painter:
 
     def _shadow(self, thing: Thing, z: float) -> None:
         """Dark ground below a car; the ground keeps its class."""
-        if not -3.0 < z < max(12.0, min(60.0, self.f * 1.78 / 13)):
+        if not -3.0 < z < max(12.0, min(60.0, self.f * 1.78 / _LEAST["car"])):
             return
         near, far = max(z - 0.15, 0.8), max(z + 4.2, 1.2)
         points = [
@@ -494,7 +505,7 @@ class Painter:
         cv2.fillConvexPoly(self.pixels, outline, (34, 32, 32))
 
     def _car(self, thing: Thing, z: float, lap: int) -> None:
-        if not -4.0 < z < max(12.0, min(75.0, self.f * 1.78 / 13)):
+        if not -4.0 < z < max(12.0, min(75.0, self.f * 1.78 / _LEAST["car"])):
             return
         code = self._slot(thing, lap, CAR)
         width = 1.78
@@ -530,7 +541,7 @@ class Painter:
         self._billboard(nose, code, thing.x, z, 0.0, width, body)
 
     def _pedestrian(self, thing: Thing, z: float, lap: int) -> None:
-        if not 1.2 < z < max(8.0, min(55.0, self.f * 0.6 / 5)):
+        if not 1.2 < z < max(8.0, min(55.0, self.f * 0.6 / _LEAST["pedestrian"])):
             return
         code = self._slot(thing, lap, PEDESTRIAN)
         step = int((self.time * 1.0 + thing.phase) * sprites.PHASES) % sprites.PHASES
@@ -545,7 +556,7 @@ class Painter:
         self._billboard(sprite, code, x, z, 0.0, width, thing.height, flip=flip)
 
     def _bicyclist(self, thing: Thing, z: float, lap: int) -> None:
-        if not 1.2 < z < max(8.0, min(55.0, self.f * 0.7 / 6)):
+        if not 1.2 < z < max(8.0, min(55.0, self.f * 0.7 / _LEAST["bicyclist"])):
             return
         code = self._slot(thing, lap, BICYCLIST)
         step = int((self.time * 1.2 + thing.phase) * sprites.PHASES) % sprites.PHASES

@@ -208,17 +208,18 @@ def _furnish(
     step = float(random.uniform(15, 24))
     for s in np.arange(float(random.uniform(0, step)), LOOP - 5, step):
         height = float(random.uniform(6.5, 9))
-        things.append(Thing("lamp", 3, float(s), kerb, variant, height=height, width=0.17))
+        thick = float(random.uniform(0.2, 0.3))
+        things.append(Thing("lamp", 3, float(s), kerb, variant, height=height, width=thick))
     for s in np.arange(float(random.uniform(0, 9)), LOOP, 9.0):
         s = float(s + random.uniform(0, 6))
         pick = random.random()
         if pick < 0.66:
             kind = int(random.integers(sprites.SIGNS))
-            size = 0.5 if kind >= 10 else float(random.uniform(0.75, 1.15))
+            size = 0.6 if kind >= 10 else float(random.uniform(0.8, 1.2))
             high = float(random.uniform(2.1, 2.9))
             things.append(Thing("sign", 3, s, kerb, kind, height=high, width=size))
         elif pick < 0.8:
-            things.append(Thing("post", 3, s, kerb, variant, height=1.0, width=0.15))
+            things.append(Thing("post", 3, s, kerb, variant, height=1.0, width=0.22))
     railings = (0, 1, 2) if scene == "city" else (0, 3, 4, 5)
     if scene == "city":
         if random.random() < 0.6:
@@ -269,7 +270,7 @@ def _plant_highway(
     post = side * (edge + 1.2)
     if side == layout.keep or random.random() < 0.5:
         for s in np.arange(float(random.uniform(0, step)), LOOP - 5, step):
-            things.append(Thing("lamp", 1, float(s), post, 2, height=9.5, width=0.24))
+            things.append(Thing("lamp", 1, float(s), post, 2, height=9.5, width=0.34))
     if side == layout.keep:
         for s in np.arange(float(random.uniform(0, 40)), LOOP, 38.0):
             large = random.random() < 0.5

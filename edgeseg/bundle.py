@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,11 @@ class Bundle:
             raise BundleError(f"{folder / _MANIFEST} does not name {_MODEL}; export it again")
         content = b""
         for name, expected in promised.items():
+            if Path(name).name != name:
+                raise BundleError(
+                    f"{folder / _MANIFEST} is damaged: a bundle's files lie in its folder, "
+                    f"and {name!r} does not"
+                )
             file = OnnxFile.read(folder / name)
             if hashlib.sha256(file.content).hexdigest() != expected:
                 raise BundleError(
@@ -154,19 +159,36 @@ def new_bundle(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise BundleError(f"{target} cannot be written ({error.strerror})") from error
     try:
         yield beside
-        beside.chmod(0o755)
         try:
-            if target.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-                target.replace(old / target.name)
-                beside.replace(target)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                beside.replace(target)
+            beside.chmod(0o755)
+            _put(beside, target)
         except OSError as error:
             raise BundleError(f"{target} cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _put(folder: Path, target: Path) -> None:
+    """Gives ``folder`` the name ``target``; an older bundle there stays if that fails."""
+    if not (target / _MANIFEST).is_file():
+        # Nothing, or an empty folder, which a rename replaces.
+        folder.replace(target)
+        return
+    attic = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    old = attic / target.name
+    try:
+        target.replace(old)
+        try:
+            folder.replace(target)
+        except OSError:
+            old.replace(target)
+            raise
+    except OSError:
+        # Not rmtree: if the old bundle could not be put back, this is where it is.
+        with suppress(OSError):
+            attic.rmdir()
+        raise
+    shutil.rmtree(attic, ignore_errors=True)
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:

@@ -32,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command: Callable[[argparse.Namespace], int] = options.run
     try:
-        return command(options)
+        code = command(options)
+        # Here, and not when Python ends, so that a reader who went away is noticed below.
+        sys.stdout.flush()
+        return code
     except EdgeSegError as error:
         print(f"edgeseg: {error}", file=sys.stderr)
         return error.exit_code
@@ -178,17 +181,19 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("0 or more")
-    return value
+    return _number(text, least=0)
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("1 or more")
-    return value
+    return _number(text, least=1)
+
+
+def _number(text: str, *, least: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) >= least):
+        raise argparse.ArgumentTypeError(
+            f"a whole number from {least} to 999999999 is wanted, and {text!r} came"
+        )
+    return int(text)
 
 
 def _load(options: argparse.Namespace, bundle: str) -> Model:
@@ -223,10 +228,20 @@ def _write_json(target: str, content: dict[str, object]) -> None:
 
 def _check_json(options: argparse.Namespace) -> None:
     """Refuses a place that cannot be written before any work is done."""
-    if options.json not in (None, "-"):
-        folder = Path(options.json).resolve().parent
-        if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise SinkError(f"{options.json} cannot be written: {folder} is no writable folder")
+    if options.json != "-":
+        _check_file(options.json)
+
+
+def _check_file(target: str | None) -> None:
+    """Refuses ``target`` if no file of that name can be written."""
+    if target is None:
+        return
+    path = Path(target)
+    if path.is_dir():
+        raise SinkError(f"{path} cannot be written: it is a folder, and a file is to be there")
+    folder = path.resolve().parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise SinkError(f"{target} cannot be written: {folder} is no writable folder")
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -266,6 +281,7 @@ def _run(options: argparse.Namespace) -> int:
         source = open_source(options.source)
         with Pipeline(model.engine, source, max_frames=options.frames) as pipeline:
             total = options.frames or source.length or 0
+            written = 0
             with (
                 open_sink(
                     options.save,
@@ -278,11 +294,12 @@ def _run(options: argparse.Namespace) -> int:
                 progress(f"segmenting {options.source}") as update,
             ):
                 try:
-                    for done, result in enumerate(pipeline, 1):
+                    for result in pipeline:
                         started_ns = time.perf_counter_ns()
                         sink.write(result)
                         pipeline.ledger.record("output", time.perf_counter_ns() - started_ns)
-                        update(done, total)
+                        written += 1
+                        update(written, total)
                         if sink.stopped:
                             break
                 except KeyboardInterrupt:
@@ -296,7 +313,7 @@ def _run(options: argparse.Namespace) -> int:
             f"second, mask age {summary.mask_age_ms.p50:.0f} ms (median)",
             *notes,
         ]
-        if options.save:
+        if options.save and written:
             lines.append(f"saved {options.save}")
         content = {**summary.to_dict(), "engine": model.engine.name, "notes": list(notes)}
         _tell(options, "\n".join(lines), content)
@@ -307,10 +324,11 @@ def _profile(options: argparse.Namespace) -> int:
     from edgeseg.profile import profile
 
     _check_json(options)
+    _check_file(options.report)
     with _load(options, options.bundle) as model:
         with progress(f"profiling {options.bundle}") as update:
             found = profile(model, options.source, frames=options.frames, progress=update)
-        if options.report:
+        if options.report is not None:
             found.report().write(options.report)
         _tell(options, found.render(), found.to_dict())
     return 0

@@ -55,17 +55,20 @@ class Frame:
 
     ``pixels``: (height, width, 3) uint8, BGR. ``captured_ns``: ``time.monotonic_ns()`` when the
     source had it. ``index``: its number in the source, from 0; numbers of frames that were
-    dropped stay unused.
+    dropped stay unused. FrameError when ``pixels`` are none.
     """
 
     pixels: Pixels
     captured_ns: int
     index: int
 
+    def __post_init__(self) -> None:
+        checked_pixels(self.pixels)
+
     @classmethod
     def of(cls, array: Any, index: int = 0) -> Frame:
         """A frame of ``array``, taken now; raises FrameError if it is none."""
-        return cls(checked_pixels(array), time.monotonic_ns(), index)
+        return cls(array, time.monotonic_ns(), index)
 
     @property
     def height(self) -> int:

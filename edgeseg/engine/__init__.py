@@ -53,10 +53,17 @@ def open_engine(
     number to the library. ``compiled_head``: whether the upsampling runs in the compiled kernel;
     None uses it if it is there. ``check=False`` leaves the golden pair out.
 
-    RequestError for an unknown name; EngineError when the library is missing or gives other masks.
+    RequestError for an unknown name; EngineError when the library is missing, cannot be loaded, or
+    gives other masks.
     """
     entry = _entry(name)
-    module = importlib.import_module(f"edgeseg.engine.{entry.name}")
+    try:
+        module = importlib.import_module(f"edgeseg.engine.{entry.name}")
+    except ImportError as error:
+        raise EngineError(
+            f"the engine {entry.name} is installed and cannot be loaded ({error}); "
+            f"`{entry.install} --force-reinstall` may help, or try another --engine"
+        ) from error
     engine: Engine = module.open_engine(bundle, threads=threads, compiled_head=compiled_head)
     if check:
         try:

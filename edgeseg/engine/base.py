@@ -37,4 +37,7 @@ class Engine(Protocol):
         """
 
     def close(self) -> None:
-        """Gives the library's memory back; ``run`` must not be called afterwards."""
+        """Gives the library's memory back; ``run`` must not be called afterwards.
+
+        A second call does nothing.
+        """

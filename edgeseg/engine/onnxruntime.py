@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -40,7 +41,7 @@ class OnnxRuntimeEngine:
         options.log_severity_level = _ERRORS_ONLY
         options.intra_op_num_threads = self._threads
         try:
-            self._session = onnxruntime.InferenceSession(
+            self._session: Any = onnxruntime.InferenceSession(
                 content, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
@@ -77,7 +78,7 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         """Lets the session go."""
-        del self._session
+        self._session = None
 
 
 def _default_threads() -> int:

@@ -50,7 +50,7 @@ class OpenVinoEngine:
                 f"OpenVINO {openvino.__version__} cannot open {bundle.model_path}: "
                 f"{_first_line(error)}; try --engine onnxruntime"
             ) from error
-        self._request = compiled.create_infer_request()
+        self._request: Any = compiled.create_infer_request()
         self._threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
         self._outputs = [self._request.get_output_tensor(i) for i in range(len(compiled.outputs))]
 
@@ -69,6 +69,9 @@ class OpenVinoEngine:
     def run(self, pixels: Pixels) -> Outputs:
         """See ``Engine.run``."""
         image = checked_input(pixels, self._spec)
+        if not image.flags.writeable:
+            # OpenVINO shares writable memory only, though it just reads its inputs.
+            image = image.copy()
         start = time.perf_counter_ns()
         # shared memory: the tensor borrows the frame, which lives until infer() returns
         self._request.set_input_tensor(openvino.Tensor(image, shared_memory=True))
@@ -84,7 +87,7 @@ class OpenVinoEngine:
     def close(self) -> None:
         """Lets the compiled model go."""
         self._outputs = []
-        del self._request
+        self._request = None
 
 
 def _first_line(error: Exception) -> str:
