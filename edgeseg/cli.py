@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeseg import __version__
 from edgeseg.errors import EdgeSegError, SinkError
+from edgeseg.jsonfile import json_text, write_json
 from edgeseg.progress import progress
 
 if TYPE_CHECKING:
@@ -205,25 +206,12 @@ def _load(options: argparse.Namespace, bundle: str) -> Model:
 
 def _tell(options: argparse.Namespace, text: str, content: dict[str, object]) -> None:
     """The outcome for a person, and as JSON where it was asked for."""
-    if options.json != "-":
-        print(text)
-    if options.json is not None:
-        _write_json(options.json, content)
-
-
-def _write_json(target: str, content: dict[str, object]) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
+    if options.json == "-":
+        sys.stdout.write(json_text(content))
         return
-    path = Path(target)
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise SinkError(f"{path} cannot be written ({error.strerror})") from error
+    print(text)
+    if options.json is not None:
+        write_json(Path(options.json), content)
 
 
 def _check_json(options: argparse.Namespace) -> None:
@@ -247,6 +235,7 @@ def _check_file(target: str | None) -> None:
 def _demo(options: argparse.Namespace) -> int:
     from edgeseg import kernels
     from edgeseg.demo import NEXT, run_demo
+    from edgeseg.profile import work_ms
 
     with _load(options, "streets") as model, progress("segmenting a street") as update:
         if not kernels.available():
@@ -262,7 +251,7 @@ def _demo(options: argparse.Namespace) -> int:
     print(
         f"{demo.description}\n\n"
         f"  {demo.summary.fps:6.1f}  frames per second, frame to finished mask\n"
-        f"  {demo.summary.mask_age_ms.p50:6.1f}  ms from frame to mask, median\n"
+        f"  {work_ms(demo.summary):6.1f}  ms of work on a frame, from pixels to mask, median\n"
         f"  {demo.evaluation.miou * 100:6.1f}  % mIoU against exact truth "
         f"(best {worst[-1][1]} {worst[-1][0]:.0%}, weakest {worst[0][1]} {worst[0][0]:.0%})\n\n"
         f"Look at\n  {demo.video}\n  {demo.report}\n\n"
@@ -309,8 +298,8 @@ def _run(options: argparse.Namespace) -> int:
             notes = source.notes
         lines = [
             model.engine.description,
-            f"{summary.frames} frames, {summary.dropped} dropped, {summary.fps:.1f} frames per "
-            f"second, mask age {summary.mask_age_ms.p50:.0f} ms (median)",
+            f"{summary.frames} frames, {summary.dropped} dropped, "
+            f"{summary.fps:.1f} frames per second",
             *notes,
         ]
         if options.save and written:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from edgeseg.dataset import SPLIT_SEEDS
 from edgeseg.draw import colourise
 from edgeseg.errors import SinkError
 from edgeseg.evaluate import Evaluation, Scorer
+from edgeseg.jsonfile import write_json
 from edgeseg.model import Model
 from edgeseg.pipeline import Pipeline, Summary
 from edgeseg.profile import DEFINITIONS, peak_rss_mb, speed_figures, stage_blocks
@@ -102,7 +102,7 @@ def run_demo(
         "miou": evaluation.miou,
         "per_class": evaluation.per_class,
     }
-    figures.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(figures, content)
     return Demo(
         video=folder / "segmented.mp4",
         report=report,
@@ -139,7 +139,7 @@ def _report(
             Picture(result.draw(legend=False), "what the model sees"),
             Picture(truth, "the truth", lossless=True),
         ]
-    speed = speed_figures(summary, peak_rss_mb())
+    speed = speed_figures(summary, peak_rss_mb(), live=False)
     right = Figure(
         f"{evaluation.miou * 100:.1f} %", "mIoU", "mean over the classes, against exact truth"
     )

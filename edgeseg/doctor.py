@@ -386,7 +386,7 @@ def _kernels() -> list[Check]:
         return [Check("Compiled kernels", "missing", detail, remedy), compiler]
     if available():
         return [Check("Compiled kernels", "ok", "built, and loaded"), compiler]
-    remedy = f"{_PYTHON} -c 'import edgeseg.kernels as kernels; kernels.build()'"
+    remedy = "edgeseg kernels build"
     if compiler.remedy is not None:
         remedy = f"{compiler.remedy}, then: {remedy}"
     return [Check("Compiled kernels", "missing", f"not built; {slower}", remedy), compiler]

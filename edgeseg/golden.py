@@ -39,7 +39,8 @@ def golden_image(seed: int, height: int, width: int) -> Pixels:
     bottom = rng.integers(0, 160, 3, dtype=np.int64)
     y = np.arange(height, dtype=np.int64)[:, None, None]
     gradient = (top * (height - 1 - y) + bottom * y) // max(height - 1, 1)
-    return ((picture + 3 * gradient) // 4).astype(np.uint8)
+    image: Pixels = ((picture + 3 * gradient) // 4).astype(np.uint8)
+    return image
 
 
 def _sampled(class_map: NDArray[np.uint8]) -> NDArray[np.uint8]:

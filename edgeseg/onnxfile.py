@@ -91,7 +91,7 @@ class OnnxFile:
             raise BundleError(f"{self.name} has {len(heads)} {HEAD} nodes where one is promised")
         (head,) = heads
         attributes = self._integers(head)
-        logits = self._texts(head, _NODE_INPUT)[0]
+        logits = self._text(head, _NODE_INPUT)
         outputs = sum(number == _GRAPH_OUTPUT for number, _, _, _ in graph)
         # Everything downstream of the head goes with it.
         gone = set(self._texts(head, _NODE_OUTPUT))
@@ -178,11 +178,11 @@ class OnnxFile:
         written: list[Field] = []
         for number, wire, integer, value in self._fields(node):
             if number in (_NODE_INPUT, _NODE_OUTPUT):
-                name = value.decode()
+                name = value.decode("utf-8", "replace")
                 # An empty name is an optional input left out; it stays empty.
                 value = (names.get(name, prefix + name) if name else "").encode()
             elif number == _NODE_NAME:
-                value = (prefix + value.decode()).encode()
+                value = prefix.encode() + value
             elif number == _NODE_ATTRIBUTE:
                 value = self._resolved(value, attributes)
             written.append((number, wire, integer, value))
@@ -238,6 +238,8 @@ class OnnxFile:
         while position < end:
             key, position = self._varint(message, position)
             number, wire = key >> 3, key & 7
+            if number == 0:
+                raise self._damaged()
             if wire == _VARINT:
                 integer, position = self._varint(message, position)
                 yield number, wire, integer, b""
@@ -248,7 +250,7 @@ class OnnxFile:
                 size = 8 if wire == _FIXED64 else 4
             else:
                 raise self._damaged()
-            if number == 0 or position + size > end:
+            if position + size > end:
                 raise self._damaged()
             yield number, wire, 0, message[position : position + size]
             position += size

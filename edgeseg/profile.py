@@ -78,8 +78,10 @@ class Profile:
             "",
             f"{summary.fps:8.1f}  frames per second, frame to finished mask",
             f"{summary.frames:8d}  frames, {summary.dropped} dropped",
+            f"{work_ms(summary):8.1f}  ms of work on a frame, from pixels to mask, median",
             f"{summary.mask_age_ms.p50:8.1f}  ms mask age, median "
-            f"({summary.mask_age_ms.p99:.1f} ms at the 99th percentile)",
+            f"({summary.mask_age_ms.p99:.1f} ms at the 99th percentile)"
+            + ("" if self.live else "; frames of a file wait in line"),
             f"{self.peak_rss_mb:8.0f}  MB of memory at most",
             "",
             "stage          p50 ms   p95 ms   p99 ms",
@@ -100,7 +102,7 @@ class Profile:
             title=f"{self.model}: {self.summary.fps:.1f} frames per second",
             subtitle=f"{self.description} · {self.source}",
             sections=(
-                Section("", (speed_figures(self.summary, self.peak_rss_mb),)),
+                Section("", (speed_figures(self.summary, self.peak_rss_mb, live=self.live),)),
                 Section("Where the time of a frame goes", stage_blocks(self.summary)),
                 Section(
                     "The last frame",
@@ -122,20 +124,29 @@ class Profile:
 DEFINITIONS = (
     "Frames per second: finished masks minus one, over the time from the first finished mask to "
     "the last; reading, resizing, network, upsampling and bringing the mask to frame size are all "
-    "in it. Mask age: from the moment the source had the frame to its finished mask."
+    "in it. Mask age: from the moment the source had the frame to its finished mask; frames of a "
+    "file are read ahead and wait in line, frames of a live source are dropped instead."
 )
 
 
-def speed_figures(summary: Summary, peak_rss_mb: float) -> Figures:
+def work_ms(summary: Summary) -> float:
+    """Milliseconds of work on one frame, from its arrival to its mask: the medians added up."""
+    stages = ("fit", "network", "head", "restore")
+    return sum(times.p50_ms for name, times in summary.stages.items() if name in stages)
+
+
+def speed_figures(summary: Summary, peak_rss_mb: float, *, live: bool) -> Figures:
     """The tiles of a speed report."""
+    work = Figure(f"{work_ms(summary):.0f} ms", "work on a frame", "from pixels to mask, median")
+    if live:
+        age = summary.mask_age_ms
+        work = Figure(
+            f"{age.p50:.0f} ms", "mask age, median", f"{age.p99:.0f} ms at the 99th percentile"
+        )
     return Figures(
         (
             Figure(f"{summary.fps:.1f}", "frames per second", "frame to finished mask"),
-            Figure(
-                f"{summary.mask_age_ms.p50:.0f} ms",
-                "mask age, median",
-                f"{summary.mask_age_ms.p99:.0f} ms at the 99th percentile",
-            ),
+            work,
             Figure(str(summary.frames), "frames", f"{summary.dropped} dropped"),
             Figure(f"{peak_rss_mb:.0f} MB", "memory at most", "the whole process"),
         )

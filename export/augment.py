@@ -96,7 +96,8 @@ class Augmentation:
         # A camera's white balance: one gain per channel.
         image *= rng.uniform(1 - 0.3 * strength, 1 + 0.3 * strength, 3).astype(np.float32)
         if rng.random() < 0.3:
-            image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.4))  # type: ignore[assignment]
+            image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.4))
         if rng.random() < 0.3:
             image += rng.normal(0, rng.uniform(2, 10), image.shape).astype(np.float32)
-        return np.clip(image, 0, 255).astype(np.uint8)
+        recoloured: Pixels = np.clip(image, 0, 255).astype(np.uint8)
+        return recoloured

@@ -39,6 +39,7 @@ def ohem_cross_entropy(
     if kept.numel() < least:
         kept = torch.topk(losses, least).values
     if kept.numel() == 0:
-        # Nothing is labelled: a zero that still has a gradient path, so a training step goes on.
+        # Nothing is labelled, or next to nothing and all of it easy: a zero that still has a
+        # gradient path, so a training step goes on.
         return losses.sum() * 0.0
     return kept.mean()

@@ -43,7 +43,7 @@ _GOLDEN_SEEDS = 8
 
 @dataclass(frozen=True)
 class Export:
-    """What ``export_network`` made: the model, and its hash as written."""
+    """What ``export_network`` made: the model, and the golden pair recorded in it."""
 
     model: onnx.ModelProto
     golden: Golden
@@ -136,7 +136,9 @@ def _traced(network: SemanticNetwork, spec: ModelSpec) -> onnx.GraphProto:
     noisy.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            # torch and onnxscript use what they themselves have deprecated.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
             program = torch.onnx.export(
                 _LowResolution(network).eval(),
                 (example,),

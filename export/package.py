@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +16,7 @@ from edgeseg import __version__
 from edgeseg.bundle import SHIPPED, Bundle, new_bundle, write_manifest
 from edgeseg.classes import ClassList, class_list
 from edgeseg.dataset import Dataset, open_dataset
+from edgeseg.draw import draw_classes
 from edgeseg.engine import available_engines, open_engine
 from edgeseg.errors import RequestError, WeightsError
 from edgeseg.evaluate import evaluate
@@ -25,6 +25,8 @@ from edgeseg.export.onnx import export_network, sha256_of
 from edgeseg.export.preprocess import evaluate_network
 from edgeseg.export.verify import Verification, verify
 from edgeseg.export.weights import load_weights, read_weights
+from edgeseg.frame import Pixels
+from edgeseg.geometry import Geometry
 from edgeseg.report import Figure, Figures, Picture, Pictures, Report, Section, Table
 from edgeseg.spec import Fit, ModelSpec, parse_size
 
@@ -94,20 +96,18 @@ def export_bundle(
             f"{request.data} has the classes {', '.join(dataset.classes.names)}, and the model "
             f"has {', '.join(spec.classes)}; leave --data out, or give --classes"
         )
-    pictures = [
-        dataset.sample(index * len(dataset) // _VERIFIED).pixels for index in range(_VERIFIED)
-    ]
     checkpoint = sha256_of(weights_path)
-    exported = export_network(
-        network, spec, half_weights=request.half_weights, source_sha256=checkpoint
-    )
     with new_bundle(target) as folder:
+        pictures = _spread(dataset, _VERIFIED)
+        exported = export_network(
+            network, spec, half_weights=request.half_weights, source_sha256=checkpoint
+        )
         exported.write(folder / "model.onnx")
         bundle = Bundle.open(folder / "model.onnx")
         verification = verify(
             network, bundle, pictures, f"{dataset.title} {dataset.split}", progress=progress
         )
-        accuracy = ()
+        accuracy: tuple[dict[str, object], ...] = ()
         if request.data is not None:
             accuracy = _accuracy(network, bundle, dataset, progress)
         _report(network, bundle, verification, accuracy, dataset).write(folder / "report.html")
@@ -135,6 +135,12 @@ def export_bundle(
 def _network(request: ExportRequest) -> tuple[SemanticNetwork, str, Path]:
     """The network with its weights, its architecture, and the file they came from."""
     if request.model in SHIPPED:
+        if request.weights is not None:
+            raise RequestError(
+                f"{request.model} comes with its weights, and {request.weights} came too; to "
+                "export a checkpoint of your own, name its architecture: "
+                f"{', '.join(DEFINITIONS)}"
+            )
         shipped = Bundle.open(request.model)
         architecture, weights = shipped.spec.architecture, str(shipped.model_path)
     else:
@@ -149,9 +155,15 @@ def _network(request: ExportRequest) -> tuple[SemanticNetwork, str, Path]:
     key = DEFINITIONS[architecture].network.classifier
     if key not in state:
         raise WeightsError(f"the checkpoint {weights} is not of {architecture}: it has no {key}")
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise WeightsError(
+            f"the checkpoint {weights} holds values that are no numbers, in {len(broken)} entries "
+            f"(first {broken[0]}); take one from before the training diverged"
+        )
     network = load_weights(create(architecture, int(state[key].shape[0])), state)
     path = Path(weights)
-    if path.is_dir():
+    if not path.is_file():
         path = Bundle.open(path).model_path
     return network, architecture, path
 
@@ -193,6 +205,12 @@ def _dataset(request: ExportRequest) -> Dataset:
     if request.data is not None:
         return open_dataset(request.data, request.split)
     return open_dataset("synthetic:?frames=48", "val")
+
+
+def _spread(dataset: Dataset, count: int) -> list[Pixels]:
+    """At most ``count`` pictures, evenly over the data set, each at most once."""
+    count = min(count, len(dataset))
+    return [dataset.sample(index * len(dataset) // count).pixels for index in range(count)]
 
 
 @torch.no_grad()
@@ -255,14 +273,12 @@ def _report(
         Figure(f"{network.parameter_count() / 1e6:.2f} M", "parameters"),
     ]
     for entry in accuracy[:1]:
-        figures.insert(0, Figure(f"{np.float64(entry['miou']) * 100:.1f} %", "mIoU", dataset.title))
+        miou = entry["miou"]
+        shown = f"{miou:.1%}" if isinstance(miou, float) else "no labels"
+        figures.insert(0, Figure(shown, "mIoU", dataset.title))
     engine = open_engine(bundle, available_engines()[0])
     pictures = []
-    for shown in range(_SHOWN):
-        from edgeseg.draw import draw_classes
-        from edgeseg.geometry import Geometry
-
-        pixels = dataset.sample(shown * len(dataset) // _SHOWN).pixels
+    for pixels in _spread(dataset, _SHOWN):
         geometry = Geometry.between(pixels.shape[0], pixels.shape[1], spec)
         class_map = geometry.restore(engine.run(geometry.fit(pixels)).class_map)
         drawn = draw_classes(pixels, class_map, names=spec.classes, colours=spec.colours)

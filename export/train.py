@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -77,6 +77,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.sources:
             raise RequestError("a recipe names at least one [[source]], and this one has none")
+        if any(not isinstance(source.share, int) or source.share < 1 for source in self.sources):
+            raise RequestError("the share of a source is a whole number of samples, 1 or more")
         if self.batch < 2:
             raise RequestError(
                 "batch norm needs batches of two samples or more, "
@@ -84,6 +86,12 @@ class Recipe:
             )
         if self.steps < 1:
             raise RequestError(f"a recipe has at least one step, and {self.steps} came")
+        stride = definition(self.model).network.stride
+        if len(self.crop) != 2 or min(self.crop) < stride or any(n % stride for n in self.crop):
+            raise RequestError(
+                f"{self.model} trains on crops of [height, width], both multiples of {stride}, "
+                f"and {list(self.crop)} came"
+            )
 
     @property
     def batch(self) -> int:
@@ -97,7 +105,7 @@ class Recipe:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise RequestError(f"the recipe {path} cannot be read ({error.strerror})") from error
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"the recipe {path} is not valid TOML: {error}") from error
         try:
             sources = tuple(Source(**entry) for entry in values.pop("source", []))
@@ -117,6 +125,10 @@ def _class_weights(datasets: list[Dataset], power: float, rng: np.random.Generat
         for index in rng.choice(len(dataset), size=min(100, len(dataset)), replace=False):
             labels = dataset.sample(int(index)).labels
             counts += np.bincount(labels.ravel(), minlength=256)[: len(counts)]
+    if not counts.any():
+        raise DataError(
+            f"no pixel of {', '.join(data.title for data in datasets)} has a label to learn from"
+        )
     share = np.maximum(counts / counts.sum(), 1e-4)
     weights = np.clip((share * len(counts)) ** -power, 0.5, 5.0)
     return torch.from_numpy(weights.astype(np.float32))
@@ -213,11 +225,12 @@ def train(
     then; the number of steps is shortened to fit. Beside ``output`` stands ``output + .resume``
     while the run lasts; a run that was interrupted goes on from it.
 
-    Raises RequestError for a recipe that cannot be, DataError for data that do not match, and
-    DataError when the loss is no longer a number.
+    Raises RequestError for a recipe that cannot be, DataError for data that do not match or when
+    the loss is no longer a number, and WeightsError when ``start`` or the interrupted run cannot be
+    read, or ``output`` cannot be written; that is found out before any work is done.
     """
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    _check_writable(output)
     torch.manual_seed(recipe.seed)
     datasets = [open_dataset(source.uri, source.split) for source in recipe.sources]
     classes = _common_classes(datasets)
@@ -225,12 +238,10 @@ def train(
     network = create(recipe.model, len(classes.names), auxiliary_heads=recipe.auxiliary_heads)
     if start is not None:
         load_weights(network, start)
-    network = network.to(memory_format=torch.channels_last)
-    average = torch.optim.swa_utils.AveragedModel(
-        network,
-        multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average),
-        use_buffers=True,
-    )
+    # In place. torch's stubs leave this argument of Module.to out, and the next function untyped.
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    decayed = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average)  # type: ignore[no-untyped-call]
+    average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=decayed, use_buffers=True)
     optimizer = torch.optim.AdamW(_parameter_groups(network, recipe), lr=recipe.learning_rate)
     weights = _class_weights(datasets, recipe.class_weights, np.random.default_rng(recipe.seed))
     preprocessing = definition(recipe.model).preprocessing
@@ -238,7 +249,7 @@ def train(
     first = 0
     spent = 0.0
     if resume.exists():
-        state = torch.load(resume, weights_only=True)
+        state = _read_resume(resume)
         if state["recipe"] != json.dumps(asdict(recipe), sort_keys=True):
             raise RequestError(
                 f"{resume} belongs to a run of another recipe; delete it to begin anew"
@@ -251,7 +262,7 @@ def train(
 
     mean = torch.tensor(preprocessing.mean).view(1, 3, 1, 1)
     std = torch.tensor(preprocessing.std).view(1, 3, 1, 1)
-    size = (recipe.full_height, recipe.full_height * 5 // 4)
+    size = _validation_size(recipe, network.stride)
     began = time.monotonic() - spent
     batches = _Batches(datasets, recipe, first)
     smooth = math.nan
@@ -271,6 +282,8 @@ def train(
             if preprocessing.order == "rgb":
                 x = x.flip(1)
             x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+            # Dropout depends on the seed and the step alone, as the batches do.
+            torch.manual_seed(recipe.seed * 1_000_003 + step)
             network.train()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.mixed_precision):
                 logits = network(x)
@@ -284,11 +297,10 @@ def train(
             value = float(losses[0].detach())
             if not math.isfinite(value):
                 raise DataError(
-                    f"the loss is {value} at step {step}; lower learning_rate in the recipe, "
-                    f"or continue from {resume} with another seed"
+                    f"the loss is {value} at step {step}; lower learning_rate in the recipe"
                 )
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(network.parameters(), 5.0)
             optimizer.step()
             average.update_parameters(network)
@@ -304,12 +316,36 @@ def train(
                 _report_validation(average, checks, size, report, limit=40)
     finally:
         batches.close()
-    best = average.module
     _report_validation(average, checks, size, report, limit=None)
-    save_weights(best, output)
+    save_weights(_averaged(average), output)
     resume.unlink(missing_ok=True)
     report(f"{step} steps; {output}")
     return output
+
+
+def _check_writable(output: Path) -> None:
+    """Makes the folder of ``output``; WeightsError when no file can be written there."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WeightsError(
+            f"the checkpoint {output} cannot be written ({error.strerror})"
+        ) from error
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        what = "it is a folder" if output.is_dir() else f"{output.parent} is no writable folder"
+        raise WeightsError(f"the checkpoint {output} cannot be written: {what}")
+
+
+def _validation_size(recipe: Recipe, stride: int) -> tuple[int, int]:
+    """Network size for validation: ``full_height`` high, 5 to 4 wide, both to the next stride."""
+    return (
+        max(round(recipe.full_height / stride), 1) * stride,
+        max(round(recipe.full_height * 1.25 / stride), 1) * stride,
+    )
+
+
+def _averaged(average: torch.optim.swa_utils.AveragedModel) -> SemanticNetwork:
+    return cast(SemanticNetwork, average.module)
 
 
 def _common_classes(datasets: list[Dataset]) -> ClassList:
@@ -332,6 +368,15 @@ def _parameter_groups(network: SemanticNetwork, recipe: Recipe) -> list[dict[str
         {"params": decayed, "weight_decay": recipe.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
+
+
+def _read_resume(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    except Exception as error:
+        # torch.load raises whatever its unpickler or zip reader meets first.
+        raise WeightsError(f"{path} is damaged or cut short; delete it to begin anew") from error
+    return state
 
 
 def _save_resume(
@@ -368,7 +413,7 @@ def _report_validation(
     limit: int | None,
 ) -> None:
     for dataset in checks:
-        confusion = evaluate_network(average.module, dataset, size, limit=limit)
+        confusion = evaluate_network(_averaged(average), dataset, size, limit=limit)
         iou = confusion.per_class_iou()
         named = " ".join(
             f"{name} {value:.3f}" for name, value in zip(dataset.classes.names, iou, strict=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgeseg import kernels
 from edgeseg.bundle import Bundle
 from edgeseg.engine import available_engines, open_engine
-from edgeseg.errors import EngineError
+from edgeseg.errors import EngineError, RequestError
 from edgeseg.export.models import SemanticNetwork
 from edgeseg.export.preprocess import network_input
 from edgeseg.frame import Pixels
@@ -81,8 +81,10 @@ def verify(
     ``network``: what was exported, in eval mode. ``pictures``: BGR frames of any size. ``data``
     says where they are from. Every class map is compared at network size.
 
-    EngineError when a pixel differs by more than a tie.
+    EngineError when a pixel differs by more than a tie; RequestError without any picture.
     """
+    if not pictures:
+        raise RequestError("a verification needs at least one picture, and none came")
     heads = [("in the graph", False)]
     if kernels.available():
         heads.append(("compiled", True))
@@ -102,7 +104,8 @@ def verify(
             other = opened.run(pixels).class_map != class_map
             differing += int(other.sum())
             if other.any():
-                beyond += int((margin[other] > TIE).sum())
+                # Written as not (within a tie), so that a margin that is no number counts.
+                beyond += int((~(margin[other] <= TIE)).sum())
                 largest = max(largest, float(margin[other].max()))
         opened.close()
         comparisons.append(

@@ -41,6 +41,8 @@ def read_weights(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
         raise WeightsError(f"the checkpoint {path} does not exist")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"the checkpoint {path} cannot be read ({error.strerror})") from error
     except Exception as error:
         # torch.load raises whatever its unpickler or zip reader meets first.
         raise WeightsError(
@@ -60,14 +62,18 @@ def _unwrapped(content: Mapping[str, Any], what: str) -> dict[str, Tensor]:
         inner = content.get(wrapper)
         if isinstance(inner, Mapping):
             return _unwrapped(inner, what)
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
     if not tensors:
         raise WeightsError(
-            f"{what} holds no tensors; its entries are {_listed(list(content)) or 'none'}"
+            f"{what} holds no tensors; its entries are {_listed([*map(str, content)]) or 'none'}"
         )
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    # Prefixes come in either order: a compiled model was wrapped, or a wrapped one compiled.
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), None):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
 
 

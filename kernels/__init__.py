@@ -32,7 +32,7 @@ MAX_SIDE = 1 << 22
 _ALIGN_CORNERS = 1
 _NO_SHORT_CUT = 2
 
-_WAY_OUT = "run `python -c 'import edgeseg.kernels as k; k.build()'`, or reinstall edgeseg"
+_WAY_OUT = "run `edgeseg kernels build`, or reinstall edgeseg"
 
 _library: ctypes.CDLL | None = None
 _lock = threading.Lock()

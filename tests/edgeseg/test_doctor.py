@@ -275,7 +275,7 @@ def test_kernels_that_are_not_built(machine: Machine, monkeypatch: pytest.Monkey
     monkeypatch.setattr("edgeseg.kernels.available", lambda: False)
     check = machine.check("Compiled kernels")
     assert check.state == "missing"
-    assert "kernels.build()" in (check.remedy or "")
+    assert "edgeseg kernels build" in (check.remedy or "")
     assert machine.diagnosis().healthy
 
 
