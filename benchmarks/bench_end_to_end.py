@@ -195,14 +195,14 @@ class EagerLoop:
         frame_size = (pixels.shape[1], pixels.shape[0])
         restored: NDArray[np.uint8] = cv2.resize(
             classes, frame_size, interpolation=cv2.INTER_NEAREST_EXACT
-        )  # type: ignore[assignment]
+        )
         return restored
 
     @torch.inference_mode()
     def run(self, video: Path, frames: int) -> Pace:
         """Masks of ``frames`` + 1 frames of the video file."""
         started_ns = time.monotonic_ns()
-        finished_ns = []
+        finished_ns: list[int] = []
         capture = cv2.VideoCapture(str(video))
         while len(finished_ns) <= frames:
             there, pixels = capture.read()
@@ -246,7 +246,7 @@ def compare(case: Case, engines: tuple[str, ...], options: argparse.Namespace) -
         for engine in running.values():
             engine_alone(engine, fitted, min(WARM_UP, frames))
         eager.run(video, min(WARM_UP, frames))
-        say(f"{_text(case.frame)}: {options.rounds} rounds of {frames} frames")
+        say(f"Frames of {_text(case.frame)}: {options.rounds} rounds of {frames} frames each")
         paces = in_turn(candidates, options.rounds)
     return [_row(case, engine, paces, agree[name]) for name, engine in running.items()]
 
@@ -291,25 +291,22 @@ def _text(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _print_table(rows: list[Row]) -> None:
+def _print_header() -> None:
     say(
         f"{'engine':<12}{'frame':>10}{'network':>10}{'end to end':>12}{'alone':>8}{'eager':>8}"
         f"{'of the engine alone':>24}{'of PyTorch eager':>22}{'masks agree':>13}"
     )
-    for row in rows:
-        say(
-            f"{row.engine:<12}{_text(row.frame):>10}{_text(row.network):>10}"
-            f"{row.end_to_end_fps.median:>8.2f} fps{row.engine_alone_fps.median:>8.2f}"
-            f"{row.eager_fps.median:>8.2f}{row.of_engine.text(3):>24}"
-            f"{row.of_eager.text(2):>22}{row.masks_agree:>13.3%}"
-        )
-    for row in rows:
-        times = ", ".join(f"{name} {ms:.2f}" for name, ms in row.stages_p50_ms.items())
-        say(f"{row.engine} {_text(row.frame)}, median ms per frame: {times}")
+
+
+def _print_row(row: Row) -> None:
     say(
-        f"Targets: of the engine alone >= {OF_ENGINE_TARGET}, of PyTorch eager >= "
-        f"{OF_EAGER_TARGET}. Median over the rounds, smallest and largest in brackets."
+        f"{row.engine:<12}{_text(row.frame):>10}{_text(row.network):>10}"
+        f"{row.end_to_end_fps.median:>8.2f} fps{row.engine_alone_fps.median:>8.2f}"
+        f"{row.eager_fps.median:>8.2f}{row.of_engine.text(3):>24}"
+        f"{row.of_eager.text(2):>22}{row.masks_agree:>13.3%}"
     )
+    times = ", ".join(f"{name} {ms:.2f}" for name, ms in row.stages_p50_ms.items())
+    say(f"{'':<12}median ms per frame: {times}")
 
 
 def main() -> int:
@@ -320,12 +317,21 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=cores(), help="for all three (all cores)")
     add_output_arguments(parser)
     options = parser.parse_args()
-    cases = CASES
+    cases: tuple[Case, ...] = CASES
     if options.quick:
         cases, options.rounds, options.frames = QUICK_CASES, 1, 3
     torch.set_num_threads(options.threads)
-    rows = [row for case in cases for row in compare(case, available_engines(), options)]
-    _print_table(rows)
+    _print_header()
+    rows = []
+    for case in cases:
+        found = compare(case, available_engines(), options)
+        for row in found:
+            _print_row(row)
+        rows += found
+    say(
+        f"Targets: of the engine alone >= {OF_ENGINE_TARGET}, of PyTorch eager >= "
+        f"{OF_EAGER_TARGET}. Median over the rounds, smallest and largest in brackets."
+    )
     write_json(
         options.json,
         {

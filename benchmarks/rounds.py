@@ -70,7 +70,7 @@ def in_turn(
     """
     found: dict[str, list[_Figure]] = {name: [] for name in candidates}
     for done in range(rounds):
-        names = list(candidates) if done % 2 == 0 else list(reversed(candidates))
+        names = list(candidates)[:: 1 if done % 2 == 0 else -1]
         for name in names:
             found[name].append(candidates[name]())
         if progress is not None:
@@ -96,11 +96,11 @@ def cpu_model() -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         text = ""
-    fields = dict(
-        (key.strip(), value.strip())
+    fields = {
+        key.strip(): value.strip()
         for key, separator, value in (line.partition(":") for line in text.splitlines())
         if separator
-    )
+    }
     board = Path("/proc/device-tree/model")
     if "model name" in fields:
         return fields["model name"]

@@ -88,7 +88,7 @@ class Bundle:
             raise BundleError(f"{folder / _MANIFEST} does not name {_MODEL}; export it again")
         content = b""
         for name, expected in promised.items():
-            if Path(name).name != name:
+            if name in ("", "..") or Path(name).name != name:
                 raise BundleError(
                     f"{folder / _MANIFEST} is damaged: a bundle's files lie in its folder, "
                     f"and {name!r} does not"

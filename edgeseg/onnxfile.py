@@ -105,13 +105,7 @@ class OnnxFile:
                 kept.append((_GRAPH_NODE, _BYTES, 0, node))
         rest = [field for field in graph if field[0] not in (_GRAPH_NODE, _GRAPH_OUTPUT)]
         output = (_GRAPH_OUTPUT, _BYTES, 0, _float_value_info(logits))
-        content = _joined(
-            [
-                *(f for f in model if f[0] not in (_MODEL_GRAPH, _MODEL_FUNCTION)),
-                (_MODEL_GRAPH, _BYTES, 0, _joined([*kept, *rest, output])),
-            ]
-        )
-        return content, Head(
+        return _rewritten(model, [*kept, *rest, output]), Head(
             logits=logits,
             height=attributes["height"],
             width=attributes["width"],
@@ -138,12 +132,7 @@ class OnnxFile:
                 written.append(field)
             else:
                 written.extend(self._body(function, field[3], f"edgeseg_{index}_"))
-        return _joined(
-            [
-                *(f for f in model if f[0] not in (_MODEL_GRAPH, _MODEL_FUNCTION)),
-                (_MODEL_GRAPH, _BYTES, 0, _joined(written)),
-            ]
-        )
+        return _rewritten(model, written)
 
     def _body(self, function: bytes, call: bytes, prefix: str) -> Iterator[Field]:
         """The nodes of ``function`` with the names and attributes of ``call``."""
@@ -274,9 +263,25 @@ class OnnxFile:
         )
 
 
+def _rewritten(model: list[Field], graph: list[Field]) -> bytes:
+    """``model`` with another graph, in the old one's place, and without functions.
+
+    The place matters: OpenVINO takes a stream for ONNX by its first three fields, which have to be
+    different ones.
+    """
+    return _joined(
+        [
+            (_MODEL_GRAPH, _BYTES, 0, _joined(graph)) if field[0] == _MODEL_GRAPH else field
+            for field in model
+            if field[0] != _MODEL_FUNCTION
+        ]
+    )
+
+
 def _float_value_info(name: str) -> bytes:
-    """A ValueInfoProto: ``name``, float32, shape left to inference."""
-    tensor = _joined([(1, _VARINT, _FLOAT, b"")])
+    """A ValueInfoProto: ``name``, float32, four dimensions whose sizes are left to inference."""
+    shape = _joined([(1, _BYTES, 0, b"")] * 4)
+    tensor = _joined([(1, _VARINT, _FLOAT, b""), (2, _BYTES, 0, shape)])
     kind = _joined([(1, _BYTES, 0, tensor)])
     return _joined([(1, _BYTES, 0, name.encode()), (2, _BYTES, 0, kind)])
 

@@ -16,7 +16,7 @@ from edgeseg.errors import BundleError
 from edgeseg.onnxfile import HEAD, OnnxFile
 
 if TYPE_CHECKING:
-    from conftest import Tiny
+    from tests.conftest import Tiny
 
 onnx = pytest.importorskip("onnx")
 

@@ -30,25 +30,23 @@ class Parity:
     """One parity pack: its description, its arrays if they are not held out, its generators."""
 
     pack: dict[str, Any]
-    wanted: dict[str, NDArray[np.generic]]
+    wanted: dict[str, NDArray[Any]]
     generators: ModuleType
 
-    def arrays(self, *, training: bool = False) -> dict[str, NDArray[np.generic]]:
+    def arrays(self, *, training: bool = False) -> dict[str, NDArray[Any]]:
         """Every weight of the network, with the training heads or without."""
         keys = dict(self.pack["keys"])
         if training:
             keys.update(self.pack["train_only_keys"])
-        filled: dict[str, NDArray[np.generic]] = self.generators.fill_all(
-            keys, self.pack["overrides"]
-        )
+        filled: dict[str, NDArray[Any]] = self.generators.fill_all(keys, self.pack["overrides"])
         return filled
 
-    def input(self, case: str) -> NDArray[np.generic]:
+    def input(self, case: str) -> NDArray[Any]:
         """The input of ``case``."""
-        made: NDArray[np.generic] = self.generators.make_input(self.pack["input"][case])
+        made: NDArray[Any] = self.generators.make_input(self.pack["input"][case])
         return made
 
-    def check(self, output: str, found: NDArray[np.generic]) -> None:
+    def check(self, output: str, found: NDArray[Any]) -> None:
         """``found`` within the limits of ``output``; it must be in the pack."""
         entry = self.pack["outputs"][output]
         assert list(found.shape) == entry["shape"], output

@@ -6,12 +6,13 @@ import hashlib
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the workstation side needs torch")
+pytest.importorskip("torch", reason="the workstation side needs torch")
 
-from torch.nn import functional  # noqa: E402
+import torch
+from torch.nn import functional
 
-from edgeseg.errors import RequestError  # noqa: E402
-from edgeseg.export.models import (  # noqa: E402
+from edgeseg.errors import RequestError
+from edgeseg.export.models import (
     DEFINITIONS,
     SemanticNetwork,
     create,

@@ -1,6 +1,6 @@
 """What a seed decides about a synthetic street: its houses, furniture, people and traffic.
 
-Lengths are metres, speeds metres per second. `edgeseg._painter` draws it.
+Lengths are metres, speeds metres per second. `edgeseg.synthetic.painter` draws it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edgeseg import _sprites as sprites
-from edgeseg._scenery import (
+from edgeseg.synthetic import sprites
+from edgeseg.synthetic.scenery import (
     LOOP,
     Backdrop,
     Ground,
@@ -23,7 +23,7 @@ from edgeseg._scenery import (
     make_look,
     make_sky,
 )
-from edgeseg._sprites import Bytes
+from edgeseg.synthetic.sprites import Bytes
 
 SCENES = ("city", "suburb", "highway")
 

@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg import _sprites as sprites
-from edgeseg._scenery import (
+from edgeseg.synthetic import sprites
+from edgeseg.synthetic.scenery import (
     BACK,
     BICYCLIST,
     BUILDING,
@@ -34,8 +34,8 @@ from edgeseg._scenery import (
     TEXEL_Z,
     TREE,
 )
-from edgeseg._sprites import Bytes, Sprite
-from edgeseg._town import Thing, Town
+from edgeseg.synthetic.sprites import Bytes, Sprite
+from edgeseg.synthetic.town import Thing, Town
 
 # Least width in pixels (a fence: height) at which a thing is drawn. What is smaller could not be
 # told from its surroundings in the picture, and its label would be noise.

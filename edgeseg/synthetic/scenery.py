@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg import _sprites as sprites
-from edgeseg._sprites import Bytes
 from edgeseg.classes import CAMVID
+from edgeseg.synthetic import sprites
+from edgeseg.synthetic.sprites import Bytes
 
 Matrix = NDArray[np.float64]
 

@@ -11,9 +11,9 @@ import operator
 from collections.abc import Iterator
 from typing import SupportsIndex
 
-from edgeseg._painter import Painter, StreetFrame, StreetInstance
-from edgeseg._town import SCENES, build_town
 from edgeseg.errors import RequestError
+from edgeseg.synthetic.painter import Painter, StreetFrame, StreetInstance
+from edgeseg.synthetic.town import SCENES, build_town
 
 __all__ = ["SCENES", "Street", "StreetFrame", "StreetInstance"]
 

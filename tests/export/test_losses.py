@@ -1,0 +1,136 @@
+"""OHEM cross entropy against float64 arithmetic in numpy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the workstation side needs torch")
+
+import torch
+from numpy.typing import NDArray
+
+from edgeseg.export.losses import ohem_cross_entropy
+
+CLASSES, HEIGHT, WIDTH = 5, 12, 20
+
+
+def expected(
+    logits: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    *,
+    ignore: int = 255,
+    threshold: float = 0.7,
+    weights: NDArray[np.float64] | None = None,
+) -> tuple[float, NDArray[np.float64]]:
+    """The loss and its gradient with respect to ``logits``, from the definition, pixel by pixel."""
+    labelled = np.flatnonzero(labels.ravel() != ignore)
+    rows = np.moveaxis(logits, 1, -1).reshape(-1, logits.shape[1])
+    losses = np.zeros(rows.shape[0])
+    slopes = np.zeros_like(rows)
+    for pixel in labelled:
+        row, label = rows[pixel], int(labels.ravel()[pixel])
+        shifted = np.exp(row - row.max())
+        probabilities = shifted / shifted.sum()
+        weight = 1.0 if weights is None else weights[label]
+        losses[pixel] = -weight * math.log(probabilities[label])
+        slopes[pixel] = weight * probabilities
+        slopes[pixel, label] -= weight
+    kept = np.flatnonzero(losses > -math.log(threshold))
+    least = len(labelled) // 16
+    if len(kept) < least:
+        kept = np.argsort(-losses, kind="stable")[:least]
+    gradient = np.zeros_like(rows)
+    if not len(kept):
+        return 0.0, np.zeros_like(logits)
+    gradient[kept] = slopes[kept] / len(kept)
+    n, _, height, width = logits.shape
+    return float(losses[kept].mean()), np.moveaxis(gradient.reshape(n, height, width, -1), -1, 1)
+
+
+def pixels(
+    seed: int, *, confident: float = 0.0, ignored: float = 0.2, ignore: int = 255
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Random logits and labels; ``confident`` is added at the right class of every pixel."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(0, 2, (2, CLASSES, HEIGHT, WIDTH)).astype(np.float32)
+    labels = random.integers(0, CLASSES, (2, HEIGHT, WIDTH))
+    where = np.arange(CLASSES)[None, :, None, None] == labels[:, None]
+    logits += np.float32(confident) * where
+    labels[random.random(labels.shape) < ignored] = ignore
+    return logits, labels
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("threshold", [0.7, 0.3, 0.05])
+@pytest.mark.parametrize(
+    ("confident", "ignored"),
+    [(0.0, 0.2), (0.0, 0.0), (8.0, 0.2), (12.0, 0.5), (12.0, 0.98)],
+    ids=["hard", "hard, all labelled", "easy", "very easy", "hardly any label"],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_loss_and_gradient_are_those_of_the_definition(
+    seed: int, threshold: float, confident: float, ignored: float, weighted: bool
+) -> None:
+    logits, labels = pixels(seed, confident=confident, ignored=ignored)
+    weights = np.linspace(0.5, 5.0, CLASSES) if weighted else None
+    wanted, slope = expected(
+        logits.astype(np.float64), labels, threshold=threshold, weights=weights
+    )
+    x = torch.from_numpy(logits).requires_grad_()
+    loss = ohem_cross_entropy(
+        x,
+        torch.from_numpy(labels),
+        score_threshold=threshold,
+        class_weights=None if weights is None else torch.from_numpy(weights).float(),
+    )
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(wanted, rel=2e-5, abs=1e-6)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    np.testing.assert_allclose(x.grad.numpy(), slope, rtol=1e-4, atol=1e-7)
+
+
+def test_both_branches_are_reached() -> None:
+    for confident, branch in ((0.0, "hard pixels"), (12.0, "the largest")):
+        logits, labels = pixels(0, confident=confident)
+        losses = torch.nn.functional.cross_entropy(
+            torch.from_numpy(logits), torch.from_numpy(labels), ignore_index=255, reduction="none"
+        )
+        hard = int((losses > -math.log(0.7)).sum())
+        least = int((labels != 255).sum()) // 16
+        assert ("hard pixels" if hard >= least else "the largest") == branch
+
+
+def test_an_ignored_pixel_counts_nowhere() -> None:
+    logits, labels = pixels(3, ignored=0.3, ignore=11)
+    changed = logits + 50 * (labels == 11)[:, None] * np.arange(CLASSES)[None, :, None, None]
+    losses = [
+        ohem_cross_entropy(
+            torch.from_numpy(values.astype(np.float32)), torch.from_numpy(labels), ignore=11
+        ).item()
+        for values in (logits, changed)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("confident", [0.0, 12.0])
+def test_nothing_labelled_is_zero_and_can_be_stepped(confident: float) -> None:
+    logits, labels = pixels(0, confident=confident, ignored=1.1)
+    x = torch.from_numpy(logits).requires_grad_()
+    loss = ohem_cross_entropy(x, torch.from_numpy(labels))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == 0
+    assert x.grad is not None
+    assert not x.grad.any()
+
+
+def test_bfloat16_logits_are_summed_in_float32() -> None:
+    logits, labels = pixels(4)
+    rounded = torch.from_numpy(logits).bfloat16()
+    wanted, _ = expected(rounded.double().numpy(), labels)
+    loss = ohem_cross_entropy(rounded, torch.from_numpy(labels))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(wanted, rel=2e-5)
