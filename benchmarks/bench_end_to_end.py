@@ -18,7 +18,7 @@ is a generated street in MPEG-4 Part 2, which every OpenCV can write and read.
 Frames per second, for all three, are n over the time from mask 0 to mask n. The video goes on
 behind mask n, so that as many frames are read within that time as masks are finished.
 
-    python benchmarks/bench_end_to_end.py [--rounds 7] [--frames 20] [--threads N] [--json FILE]
+    python benchmarks/bench_end_to_end.py [--rounds 15] [--frames 8] [--threads N] [--json FILE]
 """
 
 from __future__ import annotations
@@ -312,8 +312,8 @@ def _print_row(row: Row) -> None:
 def main() -> int:
     """Measures, prints the table, writes the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="alternated rounds per size")
-    parser.add_argument("--frames", type=int, default=20, help="frames per round and candidate")
+    parser.add_argument("--rounds", type=int, default=15, help="alternated rounds per size")
+    parser.add_argument("--frames", type=int, default=8, help="frames per round and candidate")
     parser.add_argument("--threads", type=int, default=cores(), help="for all three (all cores)")
     add_output_arguments(parser)
     options = parser.parse_args()

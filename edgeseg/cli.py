@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from edgeseg import __version__
@@ -33,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command: Callable[[argparse.Namespace], int] = options.run
     try:
-        code = command(options)
+        with _stoppable():
+            code = command(options)
         # Here, and not when Python ends, so that a reader who went away is noticed below.
         sys.stdout.flush()
         return code
@@ -55,6 +60,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Lets SIGTERM (``kill``, ``systemctl stop``, ``docker stop``) end a command as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def _explained(error: ImportError) -> str | None:
     """One sentence for an import that fails because of the machine, None for a mistake of ours."""
     missing = (error.name or "").partition(".")[0]
@@ -63,9 +85,9 @@ def _explained(error: ImportError) -> str | None:
             f"this command prepares models and needs {missing}, which is not installed; "
             "pip install 'edgeseg[export]' adds it"
         )
-    if missing in ("cv2", "openvino", "numpy") or ".so" in str(error):
-        return f"a library cannot be loaded ({error}); `edgeseg doctor` says what helps"
-    return None
+    if missing == "edgeseg":
+        return None
+    return f"a library cannot be loaded ({error}); `edgeseg doctor` says what helps"
 
 
 def _parser() -> argparse.ArgumentParser:

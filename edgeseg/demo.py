@@ -14,7 +14,7 @@ from edgeseg.classes import CAMVID
 from edgeseg.dataset import SPLIT_SEEDS
 from edgeseg.draw import colourise
 from edgeseg.errors import SinkError
-from edgeseg.evaluate import Evaluation, Scorer
+from edgeseg.evaluate import Evaluation, Scorer, check_classes
 from edgeseg.jsonfile import write_json
 from edgeseg.model import Model
 from edgeseg.pipeline import Pipeline, Summary
@@ -62,9 +62,10 @@ def run_demo(
 ) -> Demo:
     """Segments the demo clip with ``model`` and writes three files into ``folder``.
 
-    ``segmented.mp4`` (overlay with a legend), ``report.html`` and ``report.json``. SinkError when
-    the folder cannot be written.
+    ``segmented.mp4`` (overlay with a legend), ``report.html`` and ``report.json``. DataError when
+    the model's classes are not the street's, SinkError when the folder cannot be written.
     """
+    check_classes(model.spec.classes, CAMVID)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -6,6 +6,7 @@ the graph. Initializers keep their state_dict names, so the file is also a check
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -56,7 +57,8 @@ class Export:
             beside.write_bytes(self.model.SerializeToString(deterministic=True))
             beside.replace(path)
         except OSError as error:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                beside.unlink()
             raise BundleError(f"{path} cannot be written ({error.strerror})") from error
 
 
@@ -253,7 +255,8 @@ def _store_as_half(graph: onnx.GraphProto) -> None:
         if tensor.name.startswith(_OURS) or len(tensor.dims) < 2:
             continue
         array = numpy_helper.to_array(tensor)
-        half = array.astype(np.float16)
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
         if not np.isfinite(half).all():
             raise WeightsError(f"{tensor.name} has values beyond fp16; export without half weights")
         tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))

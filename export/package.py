@@ -76,11 +76,13 @@ def export_bundle(
     *,
     provenance: dict[str, Any] | None = None,
     extra_files: tuple[Path, ...] = (),
+    pictures: Dataset | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Exported:
     """Makes the bundle ``target`` of a checkpoint; it appears whole, or not at all.
 
-    ``provenance`` is added to bundle.json; ``extra_files`` are copied into the bundle.
+    ``provenance`` is added to bundle.json; ``extra_files`` are copied into the bundle. ``pictures``
+    are what the report shows, where those of the data may not be passed on.
 
     RequestError for what cannot be (an unknown model, a size, classes that don't match the
     weights), WeightsError for the checkpoint, EngineError when an engine disagrees with PyTorch.
@@ -98,19 +100,20 @@ def export_bundle(
         )
     checkpoint = sha256_of(weights_path)
     with new_bundle(target) as folder:
-        pictures = _spread(dataset, _VERIFIED)
+        frames = _spread(dataset, _VERIFIED)
         exported = export_network(
             network, spec, half_weights=request.half_weights, source_sha256=checkpoint
         )
         exported.write(folder / "model.onnx")
         bundle = Bundle.open(folder / "model.onnx")
         verification = verify(
-            network, bundle, pictures, f"{dataset.title} {dataset.split}", progress=progress
+            network, bundle, frames, f"{dataset.title} {dataset.split}", progress=progress
         )
         accuracy: tuple[dict[str, object], ...] = ()
         if request.data is not None:
             accuracy = _accuracy(network, bundle, dataset, progress)
-        _report(network, bundle, verification, accuracy, dataset).write(folder / "report.html")
+        report = _report(network, bundle, verification, accuracy, dataset, pictures or dataset)
+        report.write(folder / "report.html")
         for file in extra_files:
             (folder / file.name).write_bytes(file.read_bytes())
         write_manifest(
@@ -265,6 +268,7 @@ def _report(
     verification: Verification,
     accuracy: tuple[dict[str, object], ...],
     dataset: Dataset,
+    shown: Dataset,
 ) -> Report:
     spec = bundle.spec
     figures = [
@@ -274,11 +278,11 @@ def _report(
     ]
     for entry in accuracy[:1]:
         miou = entry["miou"]
-        shown = f"{miou:.1%}" if isinstance(miou, float) else "no labels"
-        figures.insert(0, Figure(shown, "mIoU", dataset.title))
+        share = f"{miou:.1%}" if isinstance(miou, float) else "no labels"
+        figures.insert(0, Figure(share, "mIoU", dataset.title))
     engine = open_engine(bundle, available_engines()[0])
     pictures = []
-    for pixels in _spread(dataset, _SHOWN):
+    for pixels in _spread(shown, _SHOWN):
         geometry = Geometry.between(pixels.shape[0], pixels.shape[1], spec)
         class_map = geometry.restore(engine.run(geometry.fit(pixels)).class_map)
         drawn = draw_classes(pixels, class_map, names=spec.classes, colours=spec.colours)

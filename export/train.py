@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -401,7 +402,8 @@ def _save_resume(
         torch.save(state, beside)
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise WeightsError(f"{path} cannot be written ({error.strerror})") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -137,5 +138,6 @@ def save_weights(model: SemanticNetwork, path: str | os.PathLike[str]) -> None:
         torch.save(model.state_dict(), beside)
         beside.replace(path)
     except (OSError, RuntimeError) as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise WeightsError(f"the checkpoint {path} cannot be written ({error})") from error

@@ -39,7 +39,8 @@ class Tiny:
         height, width = pixels.shape[:2]
         blocks = pixels.reshape(height // STRIDE, STRIDE, width // STRIDE, STRIDE, 3)
         means: NDArray[np.float64] = blocks.astype(np.float64).mean(axis=(1, 3))
-        return means.transpose(2, 0, 1) / 32
+        logits: NDArray[np.float64] = means.transpose(2, 0, 1) / 32
+        return logits
 
     def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
         """The logits at network size, (3, height, width), by float64 arithmetic."""
@@ -50,19 +51,22 @@ class Tiny:
 
     def class_map(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """(height, width) uint8: what every engine has to give."""
-        return self.scores(pixels).argmax(axis=0).astype(np.uint8)
+        class_map: NDArray[np.uint8] = self.scores(pixels).argmax(axis=0).astype(np.uint8)
+        return class_map
 
     def confidence(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """(height, width) uint8: the winner's softmax times 255."""
         scores = self.scores(pixels)
         odds = np.exp(scores - scores.max(axis=0))
-        return np.rint(255 / odds.sum(axis=0)).astype(np.uint8)
+        levels: NDArray[np.uint8] = np.rint(255 / odds.sum(axis=0)).astype(np.uint8)
+        return levels
 
     def picture(self, seed: int) -> NDArray[np.uint8]:
         """A frame of network size, random blocks of colour: all three classes are in it."""
         rng = np.random.default_rng(seed)
         size = (self.spec.height // 4, self.spec.width // 4, 3)
-        return rng.integers(0, 256, size, dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
+        colours: NDArray[np.uint8] = rng.integers(0, 256, size, dtype=np.uint8)
+        return colours.repeat(4, axis=0).repeat(4, axis=1)
 
     def model(self) -> Any:
         """The network as an ``onnx.ModelProto`` that keeps EdgeSeg's contract."""
@@ -111,9 +115,7 @@ class Tiny:
         seed = 3
         image = golden_image(seed, self.spec.height, self.spec.width)
         golden = self.golden or Golden.of(seed, self.class_map(image))
-        helper.set_model_props(
-            model, {SPEC_KEY: self.spec.to_json(), GOLDEN_KEY: golden.to_json()}
-        )
+        helper.set_model_props(model, {SPEC_KEY: self.spec.to_json(), GOLDEN_KEY: golden.to_json()})
         onnx.checker.check_model(model, full_check=True)
         return model
 
@@ -140,9 +142,7 @@ class Tiny:
 def _weights(size: int, source: int, align_corners: bool) -> NDArray[np.float64]:
     """(size, source) weights of linear interpolation, as ONNX's Resize defines it."""
     at = np.arange(size, dtype=np.float64)
-    position = (
-        at * (source - 1) / (size - 1) if align_corners else (at + 0.5) * source / size - 0.5
-    )
+    position = at * (source - 1) / (size - 1) if align_corners else (at + 0.5) * source / size - 0.5
     position = position.clip(0, source - 1)
     low = np.minimum(np.floor(position).astype(np.int64), source - 2)
     weights = np.zeros((size, source))

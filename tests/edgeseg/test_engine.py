@@ -237,7 +237,7 @@ def test_best_engine_that_is_installed(
     assert open_engine(bundle).name == "onnxruntime"
     without(monkeypatch, "openvino", "onnxruntime")
     assert available_engines() == ()
-    with pytest.raises(EngineError, match="^no inference engine is installed; `pip install openv"):
+    with pytest.raises(EngineError, match=r"^no inference engine is installed; `pip install openv"):
         open_engine(bundle)
 
 

@@ -76,5 +76,5 @@ def test_json_round_trip() -> None:
     ],
 )
 def test_what_is_no_pair(text: str) -> None:
-    with pytest.raises(BundleError, match="^the model's golden pair cannot be read"):
+    with pytest.raises(BundleError, match=r"^the model's golden pair cannot be read"):
         Golden.from_json(text)

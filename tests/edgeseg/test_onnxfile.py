@@ -1,4 +1,4 @@
-"""ONNX files without the ``onnx`` package, compared with what the ``onnx`` package makes of them."""
+"""ONNX files without the ``onnx`` package, compared with what that package makes of them."""
 
 from __future__ import annotations
 
@@ -38,9 +38,8 @@ def run(content: bytes, image: NDArray[np.uint8]) -> list[NDArray[Any]]:
     """What onnx's reference evaluator gives."""
     from onnx.reference import ReferenceEvaluator
 
-    outputs: list[NDArray[Any]] = ReferenceEvaluator(parsed(content)).run(
-        None, {"image": image[None]}
-    )
+    outputs = ReferenceEvaluator(parsed(content)).run(None, {"image": image[None]})
+    assert isinstance(outputs, list)
     return outputs
 
 
@@ -98,7 +97,9 @@ def test_inlined(network: Tiny) -> None:
     ]
     image = network.picture(2)
     for ours, theirs, original in zip(
-        run(inlined, image), run(by_onnx.SerializeToString(), image), run(content, image),
+        run(inlined, image),
+        run(by_onnx.SerializeToString(), image),
+        run(content, image),
         strict=True,
     ):
         assert ours.dtype == np.uint8
@@ -153,9 +154,7 @@ def test_function_that_is_called_twice(tiny: Tiny) -> None:
         (lambda node: node.attribute.pop(), "no attribute width"),
     ],
 )
-def test_head_without_its_attributes(
-    tiny: Tiny, spoil: Callable[[Any], object], says: str
-) -> None:
+def test_head_without_its_attributes(tiny: Tiny, spoil: Callable[[Any], object], says: str) -> None:
     model = tiny.model()
     spoil(next(node for node in model.graph.node if node.op_type == HEAD))
     with pytest.raises(BundleError, match=says):

@@ -84,9 +84,7 @@ def test_descriptions_that_cannot_be(text: str, says: str) -> None:
         ModelSpec.from_json(text)
 
 
-@pytest.mark.parametrize(
-    ("count", "fits"), [(0, False), (1, True), (255, True), (256, False)]
-)
+@pytest.mark.parametrize(("count", "fits"), [(0, False), (1, True), (255, True), (256, False)])
 def test_number_of_classes(count: int, fits: bool) -> None:
     names = tuple(str(index) for index in range(count))
     colours = tuple((0, 0, 0) for _ in names)

@@ -114,6 +114,7 @@ def tiny_class() -> type[SemanticNetwork]:
     class Tiny(SemanticNetwork):
         """Logits at 1/4, then bilinear."""
 
+        stride = 4
         classifier = "classify.weight"
         image_convolutions = ("first.conv.weight",)
         auxiliary_prefixes = ("extra.",)

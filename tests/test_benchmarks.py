@@ -1,0 +1,159 @@
+"""The benchmarks run, and write what they promise; how fast anything is, they say themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+LONGEST_S = 600
+
+
+def missing(*modules: str) -> list[str]:
+    return [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LONGEST_S,
+    )
+
+
+def numbers(value: object) -> list[float]:
+    """All numbers in nested lists and dictionaries."""
+    if isinstance(value, bool):
+        return []
+    if isinstance(value, (int, float)):
+        return [float(value)]
+    if isinstance(value, dict):
+        return [number for inner in value.values() for number in numbers(inner)]
+    if isinstance(value, list):
+        return [number for inner in value for number in numbers(inner)]
+    return []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "needs", "spreads"),
+    [
+        (
+            "bench_end_to_end.py",
+            ("torch", "onnx", "onnxscript"),
+            ("end_to_end_fps", "engine_alone_fps", "eager_fps", "of_engine", "of_eager"),
+        ),
+        ("bench_start.py", (), ("seconds",)),
+        ("bench_upsample_argmax.py", ("onnx", "onnxruntime"), ()),
+    ],
+)
+def test_quick_run_writes_its_figures(
+    script: str, needs: tuple[str, ...], spreads: tuple[str, ...], tmp_path: Path
+) -> None:
+    if absent := missing(*needs):
+        pytest.skip(f"{script} compares with {', '.join(absent)}, which is not installed")
+    target = tmp_path / "made" / "figures.json"
+    done = run(script, "--quick", "--json", str(target))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    found: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+    assert f"bench_{found['benchmark']}.py" == script
+    assert {"cpu", "cores", "versions", "date"} <= set(found["machine"])
+    assert found["rows"]
+    assert all(number >= 0 for number in numbers(found["rows"]))
+    for row in found["rows"]:
+        for name in spreads:
+            assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
+
+
+@pytest.mark.slow
+def test_json_to_standard_output_is_json_alone() -> None:
+    done = run("bench_start.py", "--quick", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["quick"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "figures"),
+    [(("1.0", "3.0", "2.0"), (2.0, 1.0, 3.0)), (("4.0",), (4.0, 4.0, 4.0))],
+)
+def test_spread_is_median_and_ends(
+    arguments: tuple[str, ...], figures: tuple[float, float, float]
+) -> None:
+    rounds = load_rounds()
+    spread = rounds.Spread.of(float(value) for value in arguments)
+    assert (spread.median, spread.low, spread.high) == figures
+
+
+def test_candidates_take_turns_and_ratios_stay_within_a_round() -> None:
+    rounds = load_rounds()
+    order: list[str] = []
+
+    def candidate(name: str, slowness: float) -> Any:
+        def measured() -> float:
+            order.append(name)
+            return slowness * len(order)
+
+        return measured
+
+    times = rounds.in_turn({"a": candidate("a", 1.0), "b": candidate("b", 2.0)}, 3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert times == {"a": [1.0, 4.0, 5.0], "b": [4.0, 6.0, 12.0]}
+    assert rounds.ratio(times["b"], times["a"]).median == pytest.approx(2.4)
+    with pytest.raises(ValueError, match="shorter"):
+        rounds.ratio([1.0, 2.0], [1.0])
+
+
+def test_machine_has_no_names_and_no_paths() -> None:
+    rounds = load_rounds()
+    described = json.dumps(rounds.machine(("numpy", "no-such-package")))
+    assert os.uname().nodename not in described
+    assert str(Path.home()) not in described
+    assert "no-such-package" not in described
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="gpu.sh needs bash")
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [("no-such-python", "there is no no-such-python"), ("false", "there is no nvcc")],
+)
+def test_gpu_script_says_what_is_missing(python: str, said: str, tmp_path: Path) -> None:
+    # A path with the shell's tools and without a CUDA compiler.
+    for tool in ("bash", "dirname", "realpath", "false"):
+        found = shutil.which(tool)
+        assert found is not None
+        (tmp_path / tool).symlink_to(found)
+    environment = {"PATH": str(tmp_path), "PYTHON": python, "CUDA_HOME": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", str(BENCHMARKS / "gpu.sh"), str(tmp_path / "results")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "results").exists()
+
+
+def load_rounds() -> Any:
+    """benchmarks/rounds.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("benchmark_rounds", BENCHMARKS / "rounds.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
