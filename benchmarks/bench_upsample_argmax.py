@@ -4,31 +4,33 @@ Both run in this process, in turn, at the same number of threads; the figure is 
 ratios of neighbouring runs, with the 10th and 90th percentile. Before anything is timed, both
 results are checked against float64 arithmetic.
 
-    python benchmarks/bench_upsample_argmax.py [--runs 60] [--threads 1 2] [--json FILE]
+    python benchmarks/bench_upsample_argmax.py [--runs 60] [--threads 1 2] [--json FILE] [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import cv2
 import numpy as np
 import onnx
 import onnxruntime
+import rounds
+import torch
 from numpy.typing import NDArray
 
 from edgeseg import kernels
+from edgeseg.export.models import create, definition
+from edgeseg.export.preprocess import network_input
+from edgeseg.export.weights import load_weights
 from edgeseg.synthetic import Street
 
 CLASSES = 19
 FACTOR = 8
+# How far the borrowed channels of the real logits lie below the true ones.
+LOWERED = np.float32(5.0)
 SOURCE_SIZES = ((64, 128), (128, 256))
 TIE = 1e-6
 
@@ -36,30 +38,20 @@ Logits = NDArray[np.float32]
 
 
 def real_logits(height: int, width: int) -> Logits:
-    """Logits (classes, height, width) as a trained network gives for a street scene."""
-    return stand_in_logits(height, width)
+    """Logits (classes, height, width) that the shipped network gives for a street.
 
-
-def stand_in_logits(height: int, width: int) -> Logits:
-    """Logits made from a synthetic street's class map, for as long as no trained model is here.
-
-    Each class's share of the blurred map, in log: winners beyond doubt inside regions, soft borders
-    between them. Classes that the street does not have stay low, with a little noise of their own.
+    It has 11 classes. The other eight channels are what it gives for the mirrored picture, lowered
+    so that they rarely win: fields as smooth as real ones, with borders elsewhere.
     """
-    full = Street(height * FACTOR, width * FACTOR, seed=3).frame(40).class_map
-    rng = np.random.default_rng(0)
-    noise = rng.normal(0, 0.3, (CLASSES, height, width)).astype(np.float32)
-    shares = np.stack(
-        [
-            cv2.resize(
-                cv2.GaussianBlur((full == c).astype(np.float32), (0, 0), FACTOR / 2),
-                (width, height),
-                interpolation=cv2.INTER_AREA,
-            )
-            for c in range(CLASSES)
-        ]
-    )
-    return np.ascontiguousarray(np.log(shares + 1e-4) + noise, dtype=np.float32)
+    picture = Street(height * FACTOR, width * FACTOR, seed=3).frame(40).pixels
+    network = load_weights(create("bisenetv2", 11), "streets")
+    preprocessing = definition("bisenetv2").preprocessing
+    with torch.inference_mode():
+        seen, mirrored = (
+            network.low_resolution_logits(network_input(view, preprocessing))[0].numpy()
+            for view in (picture, picture[:, ::-1])
+        )
+    return np.ascontiguousarray(np.concatenate([seen, mirrored[: CLASSES - 11] - LOWERED]))
 
 
 def random_logits(height: int, width: int) -> Logits:
@@ -212,45 +204,40 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=60, help="alternated runs per row")
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and all cores")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows here (- for stdout)")
+    rounds.add_output_arguments(parser)
     options = parser.parse_args()
-    threads = options.threads or sorted({1, kernels.available_cores()})
+    threads = options.threads or sorted({1, rounds.cores()})
+    sizes, runs = SOURCE_SIZES, options.runs
+    if options.quick:
+        sizes, runs, threads = ((8, 16),), 1, [1]
 
-    print(
+    rounds.say(
         f"{'logits':7} {'source':>9} {'target':>10} {'thr':>3} {'mixed':>6} {'edgeseg':>9} "
-        f"{'ORT':>9} {'ratio (p10-p90)':>20} {'+confid.':>9} {'wrong':>5} {'ties':>4}",
-        file=sys.stderr,
+        f"{'ORT':>9} {'ratio (p10-p90)':>20} {'+confid.':>9} {'wrong':>5} {'ties':>4}"
     )
     rows = []
     for name in KINDS:
-        for source in SOURCE_SIZES:
+        for source in sizes:
             for count in threads:
-                row = compare(name, source, count, options.runs)
+                row = compare(name, source, count, runs)
                 rows.append(row)
                 spread = f"{row.ratio:.1f} ({row.ratio_p10:.1f}-{row.ratio_p90:.1f})"
-                print(
+                rounds.say(
                     f"{name:7} {'x'.join(map(str, source)):>9} "
                     f"{'x'.join(map(str, row.target)):>10} {count:3d} {row.mixed_cells:6.1%} "
                     f"{row.edgeseg_ms:6.2f} ms {row.onnxruntime_ms:6.1f} ms {spread:>20} "
-                    f"{row.confidence_ms:6.2f} ms {row.wrong_pixels:5d} {row.ties:4d}",
-                    file=sys.stderr,
+                    f"{row.confidence_ms:6.2f} ms {row.wrong_pixels:5d} {row.ties:4d}"
                 )
-    if options.json:
-        text = json.dumps(
-            {
-                "benchmark": "upsample_argmax",
-                "machine": platform.machine(),
-                "onnxruntime": onnxruntime.__version__,
-                "classes": CLASSES,
-                "runs": options.runs,
-                "rows": [asdict(row) for row in rows],
-            },
-            indent=2,
-        )
-        if options.json == "-":
-            print(text)
-        else:
-            Path(options.json).write_text(text + "\n", encoding="utf-8")
+    rounds.write_json(
+        options.json,
+        {
+            "benchmark": "upsample_argmax",
+            "machine": rounds.machine(("edgeseg", "numpy", "onnxruntime")),
+            "classes": CLASSES,
+            "runs": runs,
+            "rows": [asdict(row) for row in rows],
+        },
+    )
     return int(any(row.wrong_pixels for row in rows))
 
 

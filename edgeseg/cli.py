@@ -372,7 +372,14 @@ def _export(options: argparse.Namespace) -> int:
     from edgeseg.bundle import SHIPPED, Bundle
 
     _check_json(options)
-    if options.model in SHIPPED and options.size is None:
+    changed = (
+        (options.size, options.weights, options.name, options.classes, options.data)
+        != (None, None, None, None, None)
+        or options.fit != "stretch"
+        or options.confidence
+        or options.half_weights
+    )
+    if options.model in SHIPPED and not changed:
         bundle = Bundle.open(options.model)
         target = bundle.copy_to(options.output)
         _tell(options, f"{target}: {options.model}, as it ships", {"bundle": str(target)})

@@ -89,7 +89,7 @@ def export_bundle(
     """
     target = Path(target)
     network, architecture, weights_path = _network(request)
-    spec = _spec(request, network, architecture, name=request.name or target.name)
+    spec = _spec(request, network, architecture, name=request.name or target.resolve().name)
     if request.half_weights:
         _round_to_half(network)
     dataset = _dataset(request)
@@ -185,9 +185,13 @@ def _spec(
                 f"and {len(request.classes)} names came"
             )
         classes = ClassList("given", request.classes, classes.colours, classes.ignore)
-    if request.size is None:
+    if request.size is not None:
+        height, width = parse_size(request.size, multiple=network.stride)
+    elif request.model in SHIPPED:
+        shipped = Bundle.open(request.model).spec
+        height, width = shipped.height, shipped.width
+    else:
         raise RequestError("the network size is missing; give --size HxW, such as --size 512x1024")
-    height, width = parse_size(request.size, multiple=network.stride)
     return ModelSpec(
         name=name,
         architecture=architecture,
@@ -245,7 +249,7 @@ def _accuracy(
             "split": dataset.split,
             "engine": "torch",
             "frames": len(dataset),
-            "miou": confusion.miou(),
+            "miou": None if np.isnan(confusion.miou()) else confusion.miou(),
         },
     )
 

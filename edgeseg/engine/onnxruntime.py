@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
+from edgeseg import kernels
 from edgeseg.bundle import Bundle
 from edgeseg.engine.head import checked_input, run_head, wants_compiled_head
 from edgeseg.errors import EngineError
@@ -36,7 +36,7 @@ class OnnxRuntimeEngine:
             content, self._head = bundle.model.without_head()
         else:
             content = bundle.model.inlined()
-        self._threads = threads or _default_threads()
+        self._threads = threads or kernels.available_cores()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.intra_op_num_threads = self._threads
@@ -79,13 +79,6 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """Lets the session go."""
         self._session = None
-
-
-def _default_threads() -> int:
-    """Processors this process may use; a container's share, not the whole machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def open_engine(bundle: Bundle, *, threads: int, compiled_head: bool | None) -> OnnxRuntimeEngine:
