@@ -31,7 +31,7 @@ CLASSES = 19
 FACTOR = 8
 # How far the borrowed channels of the real logits lie below the true ones.
 LOWERED = np.float32(5.0)
-SOURCE_SIZES = ((64, 128), (128, 256))
+SOURCE_SIZES: tuple[tuple[int, int], ...] = ((64, 128), (128, 256))
 TIE = 1e-6
 
 Logits = NDArray[np.float32]

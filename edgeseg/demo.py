@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +16,7 @@ from edgeseg.dataset import SPLIT_SEEDS
 from edgeseg.draw import colourise
 from edgeseg.errors import SinkError
 from edgeseg.evaluate import Evaluation, Scorer, check_classes
+from edgeseg.frame import Pixels
 from edgeseg.jsonfile import write_json
 from edgeseg.model import Model
 from edgeseg.pipeline import Pipeline, Summary
@@ -24,6 +26,7 @@ from edgeseg.report import (
     Code,
     Figure,
     Figures,
+    Film,
     Paragraph,
     Picture,
     Pictures,
@@ -39,6 +42,8 @@ __all__ = ["Demo", "run_demo"]
 #: the clip: a city street of a seed that no training run sees
 CLIP = f"synthetic:?seed={SPLIT_SEEDS['demo'] + 3}&scene=city&size=360x480&fps=25"
 _SHOWN = 4
+# The film in the report: every so many frames, at this size (width, height), at most this many.
+_FILM_STEP, _FILM_SIZE, _FILM_FRAMES = 4, (480, 360), 40
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ def run_demo(
     model(street.frame(0).pixels)
     kept: list[SemanticResult] = []
     maps: list[tuple[int, NDArray[np.uint8]]] = []
+    film: list[Pixels] = []
     wanted = {round(frames * (2 * shown + 1) / (2 * _SHOWN)) for shown in range(_SHOWN)}
     video = VideoSink(folder / "segmented.mp4", fps=street.fps)
     with video, Pipeline(model.engine, source) as pipeline:
@@ -87,12 +93,14 @@ def run_demo(
             maps.append((result.index, result.class_map))
             if result.index in wanted:
                 kept.append(result)
+            if result.index % _FILM_STEP == 0 and len(film) < _FILM_FRAMES:
+                film.append(cv2.resize(result.draw(), _FILM_SIZE))  # type: ignore[arg-type]
             if progress is not None:
                 progress(done, frames)
         summary = pipeline.ledger.summary()
     evaluation = _scored(model, maps, source)
     report = folder / "report.html"
-    _report(model, summary, evaluation, kept, source).write(report)
+    _report(model, summary, evaluation, kept, film, source).write(report)
     figures = folder / "report.json"
     content = {
         "model": model.spec.name,
@@ -129,6 +137,7 @@ def _report(
     summary: Summary,
     evaluation: Evaluation,
     kept: list[SemanticResult],
+    film: list[Pixels],
     source: SyntheticSource,
 ) -> Report:
     spec = model.spec
@@ -140,6 +149,10 @@ def _report(
             Picture(result.draw(legend=False), "what the model sees"),
             Picture(truth, "the truth", lossless=True),
         ]
+    seconds = len(film) * _FILM_STEP / source.street.fps
+    moving: tuple[Film, ...] = ()
+    if len(film) > 1:
+        moving = (Film(tuple(film), seconds, "every fourth frame, at the pace of the street"),)
     speed = speed_figures(summary, peak_rss_mb(), live=False)
     right = Figure(
         f"{evaluation.miou * 100:.1f} %", "mIoU", "mean over the classes, against exact truth"
@@ -149,7 +162,7 @@ def _report(
         subtitle=f"{spec.name} · {model.engine.description}",
         sections=(
             Section("", (Figures((right, *speed.items)),)),
-            Section("How it looks", (Pictures(tuple(pictures), columns=3),)),
+            Section("How it looks", (*moving, Pictures(tuple(pictures), columns=3))),
             Section(
                 "How right it is",
                 (

@@ -41,6 +41,7 @@ Colour = tuple[int, int, int]
 # Wide enough for a retina laptop at half the page's width, small enough to be mailed.
 _PICTURE_WIDTH = 960
 _JPEG_QUALITY = 86
+_STRIP_ROWS = 16_000
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,34 @@ class Pictures:
             raise RequestError(f"pictures stand in 1 to 4 columns, and {self.columns} came")
 
 
-Block = Figures | Paragraph | Code | Table | Bars | Stack | Pictures
+@dataclass(frozen=True, eq=False)
+class Film:
+    """A few frames shown in turn, over and over, by the style sheet alone.
+
+    Browsers play few of the codecs that OpenCV writes, so a page that is to move brings its own
+    frames. ``frames``: two or more (height, width, 3) uint8 BGR of one size, stored as one JPEG
+    strip; together at most 16,000 rows, which is as tall as browsers draw. ``seconds``: length of
+    one round. RequestError for frames that are no film.
+    """
+
+    frames: tuple[NDArray[np.uint8], ...]
+    seconds: float
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.frames) < 2 or len({frame.shape for frame in self.frames}) != 1:
+            raise RequestError("a film has two or more frames, all of one size")
+        rows = sum(frame.shape[0] for frame in self.frames)
+        if rows > _STRIP_ROWS:
+            raise RequestError(
+                f"a film has at most {_STRIP_ROWS} rows in all, and {rows} came; give fewer or "
+                "smaller frames"
+            )
+        if not self.seconds > 0:
+            raise RequestError(f"a film lasts longer than 0 s, and {self.seconds} came")
+
+
+Block = Figures | Paragraph | Code | Table | Bars | Stack | Pictures | Film
 
 
 @dataclass(frozen=True)
@@ -279,6 +307,8 @@ def _block(block: Block) -> str:
         return _bars(block)
     if isinstance(block, Stack):
         return _stack(block)
+    if isinstance(block, Film):
+        return _film(block)
     return _pictures(block)
 
 
@@ -375,6 +405,19 @@ def _pictures(block: Pictures) -> str:
     return (
         f'{_caption(block.caption)}<div class="pictures c{block.columns}">\n'
         f"{''.join(figures)}</div>\n"
+    )
+
+
+def _film(block: Film) -> str:
+    strip = np.concatenate(block.frames)
+    _, encoded, height, width = _encoded(Picture(strip))
+    count = len(block.frames)
+    caption = f"<figcaption>{_text(block.caption)}</figcaption>" if block.caption else ""
+    return (
+        f'<figure class="film"><div style="aspect-ratio: {width} / {height / count:g}">'
+        f'<img src="data:image/jpeg;base64,{encoded}" width="{width}" height="{height}" '
+        f'alt="{_text(block.caption)}" style="animation: film {block.seconds:g}s '
+        f'steps({count}) infinite"></div>{caption}</figure>\n'
     )
 
 
@@ -506,6 +549,11 @@ svg { display: block; }
 .c4 { grid-template-columns: repeat(4, 1fr); }
 figure { margin: 0; min-width: 0; }
 img { display: block; width: 100%; height: auto; border-radius: 8px; background: var(--track); }
+.film { margin-bottom: 16px; }
+.film div { overflow: hidden; border-radius: 8px; }
+.film img { border-radius: 0; }
+@keyframes film { to { transform: translateY(-100%); } }
+@media (prefers-reduced-motion: reduce) { .film img { animation: none !important; } }
 figcaption { margin-top: 6px; color: var(--soft); font-size: 14px; line-height: 1.4; }
 pre {
   margin: 0 0 14px; padding: 14px 16px; overflow-x: auto; background: var(--card);

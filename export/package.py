@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -249,7 +250,7 @@ def _accuracy(
             "split": dataset.split,
             "engine": "torch",
             "frames": len(dataset),
-            "miou": None if np.isnan(confusion.miou()) else confusion.miou(),
+            "miou": None if math.isnan(confusion.miou()) else confusion.miou(),
         },
     )
 

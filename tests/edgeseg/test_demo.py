@@ -76,8 +76,9 @@ def test_report_tells_the_whole_story(demo: Demo) -> None:
         *NEXT,
     ):
         assert part in page, part
-    # Four frames: as they came, as the model sees them, and the truth; all inside the page.
-    assert page.count("data:image/") == 12
+    # Four frames: as they came, as the model sees them, and the truth; and the film. All inside.
+    assert page.count("data:image/") == 13
+    assert "steps(2) infinite" in page
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page)
 
 

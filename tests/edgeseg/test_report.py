@@ -21,6 +21,7 @@ from edgeseg.report import (
     Code,
     Figure,
     Figures,
+    Film,
     Paragraph,
     Picture,
     Pictures,
@@ -116,6 +117,18 @@ def test_the_page_is_whole_and_loads_nothing() -> None:
 
 
 HOSTILE = "<script>alert(\"1\")</script> & 'x' {title}"
+
+
+def test_a_film_is_one_strip_that_moves_in_steps() -> None:
+    frames = tuple(np.full((40, 60, 3), value, np.uint8) for value in (10, 120, 240))
+    (image,) = page(Film(frames, 1.5, "moving")).all("img")
+    assert image["width"] == "60" and image["height"] == "120"
+    assert "1.5s steps(3) infinite" in (image["style"] or "")
+    data = base64.b64decode((image["src"] or "").partition(",")[2])
+    strip = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    assert strip is not None
+    for index, frame in enumerate(frames):
+        assert abs(int(strip[index * 40 + 20, 30, 0]) - int(frame[0, 0, 0])) <= 3
 
 
 @pytest.mark.parametrize(
@@ -224,6 +237,9 @@ def test_pictures_can_be_read_back(
         (lambda: Stack((Bar("a", None, ""),)), "lengths of 0 or more"),
         (lambda: Stack((Bar("a", 0.0, ""),)), "longer than 0"),
         (lambda: Pictures((), columns=5), "1 to 4 columns, and 5"),
+        (lambda: Film((np.zeros((4, 4, 3), np.uint8),), 1), "two or more frames"),
+        (lambda: Film((np.zeros((9000, 1, 3), np.uint8),) * 2, 1), "16000 rows in all, and 18000"),
+        (lambda: Film((np.zeros((4, 4, 3), np.uint8),) * 2, 0), "longer than 0 s"),
         (lambda: page(Pictures((Picture(np.zeros((0, 3, 3), np.uint8)),))), r"\(0, 3, 3\)"),
         (lambda: page(Pictures((Picture(np.zeros((2, 2, 3))),))), "float64"),  # type: ignore[arg-type]
     ],
