@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -31,6 +31,16 @@ class Augmentation:
     aspect: float = 1.3
     flip: bool = True
     colour: float = 0.5
+
+    def weakened(self, strength: float) -> Augmentation:
+        """The same with less of scale, aspect and colour: 1 is all of them, 0 none."""
+        low, high = self.scale
+        return replace(
+            self,
+            scale=(low**strength, high**strength),
+            aspect=self.aspect**strength,
+            colour=self.colour * strength,
+        )
 
     def __call__(
         self, pixels: Pixels, labels: Labels, ignore: int, rng: np.random.Generator

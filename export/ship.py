@@ -24,7 +24,9 @@ __all__ = ["ship"]
 _SIZE = "384x480"
 _SYNTHETIC = "synthetic:?frames=200"
 _TARGET = Path(__file__).resolve().parents[1] / "edgeseg" / "bundles" / "streets"
-_RECIPE = Path(__file__).parent / "recipes" / "streets.toml"
+_RECIPES = tuple(
+    Path(__file__).parent / "recipes" / name for name in ("streets.toml", "streets_finish.toml")
+)
 
 _CARD = """# streets
 
@@ -55,8 +57,8 @@ anything else, train the same recipe on data of your own.
 
 ## Recipe
 
-`edgeseg/export/recipes/streets.toml`, run by `edgeseg train`, {training}. The starting point was
-BiSeNetV2 trained from scratch on CamVid's training split.
+`streets.toml` and then `streets_finish.toml` of `edgeseg/export/recipes`, run by `edgeseg train`
+{training}. The starting point was BiSeNetV2 trained from scratch on CamVid's training split.
 
 ```toml
 {recipe}
@@ -82,7 +84,7 @@ def ship(checkpoint: str, data: str, training: str, target: Path = _TARGET) -> P
 
     ``data``: ``camvid:DIR``. ``training`` says in words how long and on what it was trained.
     """
-    recipe = _RECIPE.read_text(encoding="utf-8").strip()
+    recipe = "\n\n".join(path.read_text(encoding="utf-8").strip() for path in _RECIPES)
     with progress("exporting streets") as update:
         made = export_bundle(
             ExportRequest(

@@ -39,11 +39,15 @@ __all__ = ["Recipe", "train"]
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of a recipe: its URI, its split, and how many samples of each batch it gives."""
+    """One data set of a recipe: its URI, its split, and how many samples of each batch it gives.
+
+    ``augment``: how much of the recipe's scale, aspect and colour changes its samples get, 0 to 1.
+    """
 
     uri: str
     share: int
     split: str = "train"
+    augment: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Recipe:
             raise RequestError("a recipe names at least one [[source]], and this one has none")
         if any(not isinstance(source.share, int) or source.share < 1 for source in self.sources):
             raise RequestError("the share of a source is a whole number of samples, 1 or more")
+        if any(not 0 <= source.augment <= 1 for source in self.sources):
+            raise RequestError("the augment of a source is between 0 and 1")
         if self.batch < 2:
             raise RequestError(
                 "batch norm needs batches of two samples or more, "
@@ -143,13 +149,14 @@ class _Batches:
     ) -> None:
         self._datasets = datasets
         self._recipe = recipe
-        self._augment = Augmentation(
+        full = Augmentation(
             crop=recipe.crop,
             full_height=recipe.full_height,
             scale=recipe.scale,
             aspect=recipe.aspect,
             colour=recipe.colour,
         )
+        self._augment = [full.weakened(source.augment) for source in recipe.sources]
         self._stop = threading.Event()
         self._queues: list[queue.Queue[tuple[Tensor, Tensor] | BaseException]] = [
             queue.Queue(maxsize=2) for _ in range(workers)
@@ -167,12 +174,12 @@ class _Batches:
         # A batch depends on the seed and the step alone, so a resumed run sees the same ones.
         rng = np.random.default_rng((self._recipe.seed, step))
         images, labels = [], []
-        for dataset, source in zip(self._datasets, self._recipe.sources, strict=True):
+        for dataset, source, augment in zip(
+            self._datasets, self._recipe.sources, self._augment, strict=True
+        ):
             for _ in range(source.share):
                 sample = dataset.sample(int(rng.integers(len(dataset))))
-                pixels, truth = self._augment(
-                    sample.pixels, sample.labels, dataset.classes.ignore, rng
-                )
+                pixels, truth = augment(sample.pixels, sample.labels, dataset.classes.ignore, rng)
                 images.append(pixels)
                 labels.append(truth)
         return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))

@@ -647,6 +647,8 @@ def test_signal_keeps_what_was_finished(bundle_folder: Path, place: Path, number
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60

@@ -125,3 +125,16 @@ def test_colour_leaves_labels_alone() -> None:
         np.testing.assert_array_equal(truth, same)
         changed += int((found != dull).any())
     assert changed == 6
+
+
+def test_weakened_to_nothing_only_crops_and_flips() -> None:
+    full = Augmentation(crop=(32, 40), full_height=32, scale=(0.5, 2.0), aspect=1.5, colour=0.8)
+    none = full.weakened(0.0)
+    assert (none.scale, none.aspect, none.colour) == ((1.0, 1.0), 1.0, 0.0)
+    half = full.weakened(0.5)
+    assert half.scale == pytest.approx((0.5**0.5, 2**0.5)) and half.colour == 0.4
+    assert full.weakened(1.0) == full
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    out, _ = none(pixels, np.zeros((32, 40), np.uint8), 255, rng)
+    assert np.array_equal(out, pixels) or np.array_equal(out, pixels[:, ::-1])

@@ -338,6 +338,7 @@ BAD_RECIPES: dict[str, tuple[str, str]] = {
     "no source": (TOML.split("[[source]]", maxsplit=1)[0], r"\[\[source\]\]"),
     "a source without its list": (TOML.replace("[[source]]", "[source]"), "does not fit"),
     "a batch of one": (TOML.replace("share = 2", "share = 1"), "add up to 1; raise"),
+    "too much augment": (TOML.replace("share = 2", "share = 2\naugment = 2"), "between 0 and 1"),
     "a share of nothing": (TOML.replace("share = 2", "share = 0"), "1 or more"),
     "a share that is no number": (TOML.replace("share = 2", 'share = "all"'), "whole number"),
     "steps that are no number": (TOML.replace("steps = 3", 'steps = "many"'), "does not fit"),
