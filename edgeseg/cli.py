@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -277,9 +278,20 @@ def _demo(options: argparse.Namespace) -> int:
         f"  {demo.evaluation.miou * 100:6.1f}  % mIoU against exact truth "
         f"(best {worst[-1][1]} {worst[-1][0]:.0%}, weakest {worst[0][1]} {worst[0][0]:.0%})\n\n"
         f"Look at\n  {demo.video}\n  {demo.report}\n\n"
-        "Now a video of your own:\n  " + NEXT[0]
+        "Now a video of your own:\n  " + NEXT[0].replace("edgeseg", _program(), 1)
     )
     return 0
+
+
+def _program() -> str:
+    """What to type for this program, from where it was started."""
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return "python -m edgeseg"
+    if started.name != "edgeseg" or shutil.which("edgeseg") is not None:
+        return "edgeseg"
+    # In a virtual environment that is not active, as after `make demo`.
+    return os.path.relpath(started)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -39,8 +39,8 @@ from edgeseg.source import SyntheticSource, open_source
 
 __all__ = ["Demo", "run_demo"]
 
-#: the clip: a city street of a seed that no training run sees
-CLIP = f"synthetic:?seed={SPLIT_SEEDS['demo'] + 3}&scene=city&size=360x480&fps=25"
+#: the clip: a city street that no training run sees, and that has all eleven classes
+CLIP = f"synthetic:?seed={SPLIT_SEEDS['demo'] + 5}&scene=city&size=360x480&fps=25"
 _SHOWN = 4
 # The film in the report: every so many frames, at this size (width, height), at most this many.
 _FILM_STEP, _FILM_SIZE, _FILM_FRAMES = 4, (480, 360), 40
