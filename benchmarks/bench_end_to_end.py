@@ -38,7 +38,6 @@ from numpy.typing import NDArray
 from rounds import (
     Spread,
     add_output_arguments,
-    cores,
     in_turn,
     machine,
     ratio,
@@ -46,6 +45,7 @@ from rounds import (
     write_json,
 )
 
+from edgeseg import kernels
 from edgeseg.bundle import Bundle
 from edgeseg.engine import Engine, available_engines, open_engine
 from edgeseg.export.models import SemanticNetwork, create, definition
@@ -314,7 +314,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="alternated rounds per size")
     parser.add_argument("--frames", type=int, default=8, help="frames per round and candidate")
-    parser.add_argument("--threads", type=int, default=cores(), help="for all three (all cores)")
+    parser.add_argument(
+        parser.add_argument(
+            "--threads",
+            type=int,
+            default=kernels.available_cores(),
+            help="for all three (all cores)",
+        )
+    )
     add_output_arguments(parser)
     options = parser.parse_args()
     cases: tuple[Case, ...] = CASES

@@ -206,7 +206,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and all cores")
     rounds.add_output_arguments(parser)
     options = parser.parse_args()
-    threads = options.threads or sorted({1, rounds.cores()})
+    threads = options.threads or sorted({1, kernels.available_cores()})
     sizes, runs = SOURCE_SIZES, options.runs
     if options.quick:
         sizes, runs, threads = ((8, 16),), 1, [1]

@@ -11,7 +11,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import statistics
 import sys
@@ -20,10 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from edgeseg.kernels import available_cores
+
 __all__ = [
     "Spread",
     "add_output_arguments",
-    "cores",
     "cpu_model",
     "in_turn",
     "machine",
@@ -83,13 +83,6 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
     return Spread.of(a / b for a, b in zip(over, under, strict=True))
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def cpu_model() -> str:
     """Name of the processor, as its maker calls it; the architecture where nobody says."""
     try:
@@ -120,7 +113,7 @@ def machine(packages: Iterable[str]) -> dict[str, object]:
     return {
         "cpu": cpu_model(),
         "architecture": platform.machine(),
-        "cores": cores(),
+        "cores": available_cores(),
         "system": platform.system(),
         "versions": versions,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

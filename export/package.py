@@ -175,9 +175,9 @@ def _network(request: ExportRequest) -> tuple[SemanticNetwork, str, Path]:
 def _spec(
     request: ExportRequest, network: SemanticNetwork, architecture: str, *, name: str
 ) -> ModelSpec:
+    shipped = Bundle.open(request.model).spec if request.model in SHIPPED else None
     classes = class_list(network.num_classes)
-    if request.model in SHIPPED:
-        shipped = Bundle.open(request.model).spec
+    if shipped is not None:
         classes = ClassList(shipped.name, shipped.classes, shipped.colours, shipped.ignore)
     if request.classes is not None:
         if len(request.classes) != network.num_classes:
@@ -188,8 +188,7 @@ def _spec(
         classes = ClassList("given", request.classes, classes.colours, classes.ignore)
     if request.size is not None:
         height, width = parse_size(request.size, multiple=network.stride)
-    elif request.model in SHIPPED:
-        shipped = Bundle.open(request.model).spec
+    elif shipped is not None:
         height, width = shipped.height, shipped.width
     else:
         raise RequestError("the network size is missing; give --size HxW, such as --size 512x1024")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from edgeseg.export.losses import ohem_cross_entropy
 from edgeseg.export.models import create, definition
 from edgeseg.export.models.semantic import SemanticNetwork
 from edgeseg.export.preprocess import evaluate_network
-from edgeseg.export.weights import load_weights, save_weights
+from edgeseg.export.weights import load_weights, save_checkpoint, save_weights
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -404,14 +403,7 @@ def _save_resume(
         "step": step,
         "seconds": time.monotonic() - began,
     }
-    beside = path.with_name(path.name + ".part")
-    try:
-        torch.save(state, beside)
-        beside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise WeightsError(f"{path} cannot be written ({error.strerror})") from error
+    save_checkpoint(state, path)
 
 
 def _report_validation(

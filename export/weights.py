@@ -14,7 +14,7 @@ from torch import Tensor
 from edgeseg.errors import WeightsError
 from edgeseg.export.models.semantic import SemanticNetwork
 
-__all__ = ["load_weights", "read_weights", "save_weights"]
+__all__ = ["load_weights", "read_weights", "save_checkpoint", "save_weights"]
 
 #: names under which training scripts wrap the state_dict
 _WRAPPERS = ("state_dict", "model_state", "model_state_dict", "model")
@@ -132,12 +132,18 @@ def _listed(names: list[str]) -> str:
 
 def save_weights(model: SemanticNetwork, path: str | os.PathLike[str]) -> None:
     """Writes the state_dict of ``model`` to ``path``, whole or not at all; WeightsError if not."""
+    save_checkpoint(model.state_dict(), path)
+
+
+def save_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes ``content`` with torch.save, whole or not at all; WeightsError if not."""
     path = Path(path)
     beside = path.with_name(path.name + ".part")
     try:
-        torch.save(model.state_dict(), beside)
+        torch.save(content, beside)
         beside.replace(path)
     except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError.
         with contextlib.suppress(OSError):
             beside.unlink()
         raise WeightsError(f"the checkpoint {path} cannot be written ({error})") from error
