@@ -315,12 +315,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15, help="alternated rounds per size")
     parser.add_argument("--frames", type=int, default=8, help="frames per round and candidate")
     parser.add_argument(
-        parser.add_argument(
-            "--threads",
-            type=int,
-            default=kernels.available_cores(),
-            help="for all three (all cores)",
-        )
+        "--threads",
+        type=int,
+        default=kernels.available_cores(),
+        help="for all three (all cores)",
     )
     add_output_arguments(parser)
     options = parser.parse_args()
