@@ -10,6 +10,7 @@
     ├── EngineError             an engine that is not here, or that gives wrong masks
     ├── KernelError             the compiled kernels cannot be built or loaded
     ├── DataError               a data set with missing, unreadable or mismatched files
+    ├── CalibrationError        a model that cannot be quantized as asked, or frames that do not do
     ├── SourceError             a camera, video or folder that gives no frames
     └── SinkError               an output that cannot be written
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 __all__ = [
     "BundleError",
+    "CalibrationError",
     "DataError",
     "EdgeSegError",
     "EngineError",
@@ -66,6 +68,10 @@ class KernelError(EdgeSegError):
 
 class DataError(EdgeSegError):
     """A data set whose files are missing, unreadable, or do not match."""
+
+
+class CalibrationError(EdgeSegError):
+    """A graph that cannot be quantized as asked, or frames that it cannot be calibrated with."""
 
 
 class SourceError(EdgeSegError):

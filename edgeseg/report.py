@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
+import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,13 +28,21 @@ __all__ = [
     "Bars",
     "Block",
     "Code",
+    "Curve",
+    "Details",
     "Figure",
     "Figures",
+    "Film",
+    "Histogram",
+    "Histograms",
+    "Mark",
     "Paragraph",
     "Picture",
     "Pictures",
+    "Point",
     "Report",
     "Section",
+    "Share",
     "Stack",
     "Table",
 ]
@@ -42,6 +53,22 @@ Colour = tuple[int, int, int]
 _PICTURE_WIDTH = 960
 _JPEG_QUALITY = 86
 _STRIP_ROWS = 16_000
+
+# Rows of a table that a screen shows at once, about.
+_LONG_TABLE = 24
+
+# The drawing of one histogram: its inner units across, which its panel stretches, and pixels down.
+_PANEL_UNITS, _PANEL_HEIGHT = 1000, 64
+_PANEL_BARS = 64
+# Pixels: the narrowest panel of the style sheet, one letter and one row of its labels.
+_PANEL_NARROW, _LETTER, _LABEL_ROW = 150, 6.6, 15
+
+# Pixels of the plot of a curve. It is 240 wide on the smallest phone, 960 on a desk.
+_CURVE_HEIGHT, _CURVE_WIDTHS, _CURVE_MARGIN = 280, (240, 960), 14
+_CURVE_LETTER, _CURVE_LONGEST = 7.4, 30
+_CURVE_LABELS = 12
+
+_MINUS = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
@@ -75,15 +102,30 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A cell of a table that shows a small bar before its text: a column that is seen at a glance.
+
+    ``value``: the bar's length, 0 (none) to 1 (the whole cell). RequestError for another.
+    """
+
+    value: float
+    text: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.value <= 1:
+            raise RequestError(f"a share is 0 to 1, and {self.value} came")
+
+
+@dataclass(frozen=True)
 class Table:
-    """Rows of text under a header.
+    """Rows of text under a header; a long table scrolls below its header.
 
     ``align``: one letter per column, ``l`` (left) or ``r`` (right, for numbers); all left when
     empty. Raises RequestError when a row has another number of columns than the header.
     """
 
     header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[str | Share, ...], ...]
     align: str = ""
     caption: str = ""
 
@@ -170,6 +212,98 @@ class Stack:
             raise RequestError("a stack has at least one part that is longer than 0")
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A value marked in a histogram, such as the threshold where a range is clipped.
+
+    An empty ``label`` shows the value itself.
+    """
+
+    value: float
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often a tensor takes which values.
+
+    ``counts``: one per bin, 0 or more, in the order of the values; ``low`` and ``high``: the outer
+    edges of the bins, all equally wide. ``subtitle``: a line below the title, such as
+    "conv 12 · SQNR 31.2 dB". ``marks`` may lie outside the edges; the axis then reaches to them.
+    RequestError for counts, edges or marks that are none.
+    """
+
+    title: str
+    counts: tuple[float, ...]
+    low: float
+    high: float
+    subtitle: str = ""
+    marks: tuple[Mark, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high or not math.isfinite(self.high - self.low):
+            raise RequestError(
+                f"a histogram goes from a number up to a larger one, and {self.low} to "
+                f"{self.high} came"
+            )
+        wrong = [count for count in self.counts if not 0 <= count < math.inf]
+        if wrong:
+            raise RequestError(f"a histogram has counts of 0 or more, and {wrong[0]} came")
+        if not any(self.counts):
+            raise RequestError("a histogram has at least one count above 0, and none came")
+        for mark in self.marks:
+            if not math.isfinite(mark.value):
+                raise RequestError(f"a mark stands at a finite value, and {mark.value} came")
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """Small histograms side by side, as many as there are layers.
+
+    The heights are logarithms, so that the few outliers that decide a range are seen next to the
+    millions of values around 0. A histogram of more than 64 bins is drawn with 64, each the mean
+    of the bins that it covers.
+    """
+
+    items: tuple[Histogram, ...]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a curve; ``marked`` makes it stand out, and its label first to find room."""
+
+    x: float
+    y: float
+    label: str = ""
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points in a plane, joined by a line in their order: accuracy against milliseconds.
+
+    The axes show the part of the plane where the points are, not 0. Labels do not cover each
+    other. Of more than 12 points only the marked ones are labelled; the others, and a label that
+    finds no room, show theirs to a pointer that rests on the point. RequestError for no points
+    and for coordinates that are no numbers.
+    """
+
+    points: tuple[Point, ...]
+    x_label: str
+    y_label: str
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.points:
+            raise RequestError("a curve has one or more points, and none came")
+        for point in self.points:
+            if not math.isfinite(point.x) or not math.isfinite(point.y):
+                raise RequestError(
+                    f"a point of a curve has finite coordinates, and ({point.x}, {point.y}) came"
+                )
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """A picture with its caption.
@@ -226,7 +360,27 @@ class Film:
             raise RequestError(f"a film lasts longer than 0 s, and {self.seconds} came")
 
 
-Block = Figures | Paragraph | Code | Table | Bars | Stack | Pictures | Film
+@dataclass(frozen=True)
+class Details:
+    """Blocks under a line that opens and closes them; closed at first, open in print."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+Block = (
+    Figures
+    | Paragraph
+    | Code
+    | Table
+    | Bars
+    | Stack
+    | Histograms
+    | Curve
+    | Pictures
+    | Film
+    | Details
+)
 
 
 @dataclass(frozen=True)
@@ -289,6 +443,11 @@ def _text(text: str) -> str:
     return html.escape(text, quote=True)
 
 
+def _name(name: str) -> str:
+    """A name of a layer or tensor, which may break after the signs that join its words."""
+    return re.sub(r"([/._:])(?=[A-Za-z])", r"\1<wbr>", _text(name))
+
+
 def _section(section: Section) -> str:
     heading = f"<h2>{_text(section.title)}</h2>\n" if section.title else ""
     return f"<section>\n{heading}{''.join(_block(block) for block in section.blocks)}</section>"
@@ -307,8 +466,15 @@ def _block(block: Block) -> str:
         return _bars(block)
     if isinstance(block, Stack):
         return _stack(block)
+    if isinstance(block, Histograms):
+        return _histograms(block)
+    if isinstance(block, Curve):
+        return _curve(block)
     if isinstance(block, Film):
         return _film(block)
+    if isinstance(block, Details):
+        inner = "".join(_block(part) for part in block.blocks)
+        return f"<details>\n<summary>{_text(block.title)}</summary>\n{inner}</details>\n"
     return _pictures(block)
 
 
@@ -328,16 +494,46 @@ def _table(block: Table) -> str:
         ' class="number"' if letter == "r" else ""
         for letter in block.align or "l" * len(block.header)
     ]
+    # The bars of a column can be compared only if the texts after them are equally wide.
+    widths = [
+        max((len(cell.text) for cell in column if isinstance(cell, Share)), default=0)
+        for column in zip(block.header, *block.rows, strict=True)
+    ]
 
-    def row(cells: tuple[str, ...], tag: str) -> str:
+    long = " long" if len(block.rows) > _LONG_TABLE else ""
+
+    def row(cells: tuple[str | Share, ...], tag: str) -> str:
         inner = "".join(
-            f"<{tag}{kind}>{_text(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True)
+            f"<{tag}{kind}>{_cell(cell, width, bool(long) and index == 0)}</{tag}>"
+            for index, (cell, kind, width) in enumerate(zip(cells, kinds, widths, strict=True))
         )
         return f"<tr>{inner}</tr>\n"
 
     head = f"<thead>{row(block.header, 'th')}</thead>\n"
     body = f"<tbody>\n{''.join(row(cells, 'td') for cells in block.rows)}</tbody>\n"
-    return f'{_caption(block.caption)}<div class="wide"><table>\n{head}{body}</table></div>\n'
+    return f'{_caption(block.caption)}<div class="wide{long}"><table>\n{head}{body}</table></div>\n'
+
+
+def _cell(cell: str | Share, width: int, may_break: bool) -> str:
+    """What a cell holds; the text after a bar gets room for ``width`` digits.
+
+    ``may_break``: it is a name, which a narrow column may break.
+    """
+    if isinstance(cell, str):
+        return _name(cell) if may_break else _text(cell)
+    return (
+        f'<span class="share">{_bar(cell.value * 100)}'
+        f'<span class="number" style="width:{width}ch">{_text(cell.text)}</span></span>'
+    )
+
+
+def _bar(length: float) -> str:
+    """A bar of ``length`` per cent on its track."""
+    drawn = f'<rect class="p0" width="{length:.2f}%" height="10" rx="3"/>' if length else ""
+    return (
+        '<svg class="bar" width="100%" height="10" aria-hidden="true">'
+        f'<rect class="track" width="100%" height="10" rx="3"/>{drawn}</svg>'
+    )
 
 
 def _bars(block: Bars) -> str:
@@ -355,13 +551,10 @@ def _bars(block: Bars) -> str:
             red, green, blue = bar.colour
             swatch = _swatch(f'style="fill:rgb({red}, {green}, {blue})"')
         length = min(bar.value / full, 1.0) * 100 if bar.value is not None and full > 0 else 0.0
-        drawn = f'<rect class="p0" width="{length:.2f}%" height="10" rx="3"/>' if length else ""
         number = "number" if bar.value is not None else "number faint"
         rows.append(
             f'<div class="row"><span class="name">{swatch}{_text(bar.label)}</span>'
-            '<svg class="bar" width="100%" height="10" aria-hidden="true">'
-            f'<rect class="track" width="100%" height="10" rx="3"/>{drawn}</svg>'
-            f'<span class="{number}">{_text(bar.text)}</span></div>\n'
+            f'{_bar(length)}<span class="{number}">{_text(bar.text)}</span></div>\n'
         )
     return f'{_caption(block.caption)}<div class="bars">\n{"".join(rows)}</div>\n'
 
@@ -391,6 +584,371 @@ def _swatch(paint: str) -> str:
         '<svg class="swatch" width="12" height="12" aria-hidden="true">'
         f'<rect {paint} width="12" height="12" rx="3"/></svg>'
     )
+
+
+def _histograms(block: Histograms) -> str:
+    panels = []
+    for item in block.items:
+        subtitle = f'<span class="note">{_text(item.subtitle)}</span>' if item.subtitle else ""
+        panels.append(
+            f'<div class="panel"><span class="title">{_name(item.title)}</span>{subtitle}'
+            f"{_labels(_mark_labels(item))}{_shape(item)}{_labels(_axis_labels(item))}</div>\n"
+        )
+    scale = (
+        "Counts on a log scale: each line across stands for 1000 times fewer than the one above."
+    )
+    return (
+        f'{_caption(block.caption)}<div class="panels">\n{"".join(panels)}</div>\n'
+        f'<p class="scale">{scale}</p>\n'
+    )
+
+
+def _reach(item: Histogram) -> tuple[float, float]:
+    """The values at the left and right end of a histogram's axis."""
+    values = [item.low, item.high, *(mark.value for mark in item.marks)]
+    return min(values), max(values)
+
+
+def _shape(item: Histogram) -> str:
+    """The drawing of one histogram, stretched to its panel; it holds no text that could stretch."""
+    start, end = _reach(item)
+
+    def across(value: float) -> str:
+        return f"{(value - start) / (end - start) * _PANEL_UNITS:.0f}"
+
+    edges, heights, decades = _log_heights(item.counts)
+    places = [across(item.low + edge * (item.high - item.low)) for edge in edges]
+    steps = "".join(
+        f"V{_PANEL_HEIGHT * (1 - height):.4g}H{place}"
+        for height, place in zip(heights, places[1:], strict=True)
+    )
+    grid = "".join(
+        f"M0 {_PANEL_HEIGHT * power / decades:.4g}H{_PANEL_UNITS}"
+        for power in range(0, math.ceil(decades), 3)
+    )
+    if start < 0 < end:
+        grid += f"M{across(0)} 0V{_PANEL_HEIGHT}"
+    marks = "".join(
+        f'<path class="mark" d="M{across(mark.value)} 0V{_PANEL_HEIGHT}"/>' for mark in item.marks
+    )
+    return (
+        f'<svg class="shape" width="100%" height="{_PANEL_HEIGHT}" '
+        f'viewBox="0 0 {_PANEL_UNITS} {_PANEL_HEIGHT}" preserveAspectRatio="none" '
+        f'aria-hidden="true"><path class="grid" d="{grid}"/>'
+        f'<path class="p0" d="M{places[0]} {_PANEL_HEIGHT}{steps}V{_PANEL_HEIGHT}Z"/>{marks}</svg>'
+    )
+
+
+def _log_heights(
+    counts: tuple[float, ...],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """Edges (bars + 1) of the bars from 0 to 1, heights (bars) from 0 to 1, decades of the axis.
+
+    The axis begins at half of the smallest count, so that it is seen too.
+    """
+    values = np.asarray(counts, np.float64)
+    bars = min(len(values), _PANEL_BARS)
+    edges = np.arange(bars + 1) * len(values) // bars
+    # Means, because the number of bins that a bar covers differs by one.
+    means = np.add.reduceat(values / values.max(), edges[:-1]) / np.diff(edges)
+    seen = means > 0
+    logs = np.log10(means[seen])
+    floor = float(logs.min()) - math.log10(2)
+    decades = float(logs.max()) - floor
+    heights = np.zeros(bars)
+    heights[seen] = (logs - floor) / decades
+    return edges / len(values), heights, decades
+
+
+_Label = tuple[int, float, str]
+
+
+def _mark_labels(item: Histogram) -> list[_Label]:
+    """(row, place from 0 to 1, text) of each mark; a label that would cover another is higher."""
+    start, end = _reach(item)
+    placed: list[_Label] = []
+    for mark in sorted(item.marks, key=lambda mark: mark.value):
+        place, text = (mark.value - start) / (end - start), mark.label or _number(mark.value)
+        row = 0
+        while any(row == other and _covers(place, text, at, by) for other, at, by in placed):
+            row += 1
+        placed.append((row, place, text))
+    return placed
+
+
+def _axis_labels(item: Histogram) -> list[_Label]:
+    """Both ends of the axis, and 0 where it lies between with room for it."""
+    start, end = _reach(item)
+    labels = [(0, 0.0, _number(start)), (0, 1.0, _number(end))]
+    if start < 0 < end:
+        zero = -start / (end - start)
+        if not any(_covers(zero, "0", place, text) for _, place, text in labels):
+            labels.append((0, zero, "0"))
+    return labels
+
+
+def _covers(place: float, text: str, other: float, by: str) -> bool:
+    """Whether two labels in one row would touch in the narrowest panel."""
+    width, its = (min(len(words) * _LETTER / _PANEL_NARROW, 1.0) for words in (text, by))
+    left, right = place * (1 - width), other * (1 - its)
+    gap = _LETTER / _PANEL_NARROW
+    return left < right + its + gap and right < left + width + gap
+
+
+def _labels(labels: list[_Label]) -> str:
+    rows = max((row + 1 for row, _, _ in labels), default=0)
+    # Shifted left by the share that it is placed at, a label at either end ends with the panel.
+    spans = "".join(
+        f'<span style="bottom:{row * _LABEL_ROW}px;left:{place * 100:.1f}%;'
+        f'transform:translateX(-{place * 100:.1f}%)">{_text(text)}</span>'
+        for row, place, text in labels
+    )
+    return f'<div class="labels" style="height:{rows * _LABEL_ROW}px">{spans}</div>'
+
+
+def _number(value: float) -> str:
+    """A value with three digits, as a person writes it: 0.031, 4.5, 12800, 1.2e-7."""
+    size = abs(value)
+    if size == 0 or 1e-3 <= size < 1e6:
+        digits = max(2 - math.floor(math.log10(size)), 0) if size else 0
+        text = f"{value:.{digits}f}"
+        text = text.rstrip("0").rstrip(".") if digits else text
+    else:
+        mantissa, _, power = f"{value:.2e}".partition("e")
+        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
+    return text.replace("-", _MINUS)
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A rectangle in a plot whose width changes with the page.
+
+    ``place``: share of the plot's width, from where ``left`` and ``right`` are counted in pixels.
+    """
+
+    place: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def touches(self, other: _Box) -> bool:
+        """Whether the two overlap at some width that the plot may have."""
+        if self.bottom <= other.top or other.bottom <= self.top:
+            return False
+        # What is left of another at the narrowest and at the widest is so in between.
+        apart = [width * (other.place - self.place) for width in _CURVE_WIDTHS]
+        before = all(step + other.left >= self.right for step in apart)
+        after = all(self.left >= step + other.right for step in apart)
+        return not before and not after
+
+    def touches_any(self, others: Sequence[_Box]) -> bool:
+        return any(self.touches(other) for other in others)
+
+    def fits(self) -> bool:
+        """Whether the plot holds it at each width."""
+        return (
+            self.top >= 0
+            and self.bottom <= _CURVE_HEIGHT
+            and all(
+                self.place * width + self.left >= -_CURVE_MARGIN
+                and self.place * width + self.right <= width + _CURVE_MARGIN
+                for width in _CURVE_WIDTHS
+            )
+        )
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """Where the label of a point could stand: its anchor, and pixels from the point."""
+
+    anchor: str
+    dx: float
+    dy: float
+    far: bool = False
+
+    def box(self, place: float, y: float, text: str) -> _Box:
+        width = len(text) * _CURVE_LETTER
+        start = self.dx - {"start": 0.0, "middle": width / 2, "end": width}[self.anchor]
+        baseline = y + self.dy
+        return _Box(place, start, start + width, baseline - 12, baseline + 4)
+
+    def lead(self, place: float, y: float) -> list[_Box]:
+        """What the thin line covers that joins the point and a label far from it."""
+        x, down = self.lead_end()
+        return [
+            _Box(place, x * part - 1, x * part + 1, y + down * part - 1, y + down * part + 1)
+            for part in np.linspace(0.0, 1.0, 9).tolist()
+        ]
+
+    def lead_end(self) -> tuple[float, float]:
+        """Where that line meets the label, in pixels from the point."""
+        return self.dx, self.dy + (4 if self.dy < 0 else -12)
+
+
+_NEAR = (
+    _Spot("middle", 0, -12),
+    _Spot("middle", 0, 20),
+    _Spot("start", 11, 4),
+    _Spot("end", -11, 4),
+    _Spot("start", 4, -12),
+    _Spot("end", -4, -12),
+    _Spot("start", 4, 20),
+    _Spot("end", -4, 20),
+)
+# A label that finds no room beside its point stands farther off, joined to it by a thin line.
+_FAR = tuple(
+    _Spot("middle" if dx == 0 else "start" if dx > 0 else "end", dx, dy, far=True)
+    for away in range(16, 272, 8)
+    for dx in (0, 12, -12, 36, -36, 72, -72)
+    for dy in (-12 - away, 20 + away)
+)
+
+
+def _curve(block: Curve) -> str:
+    """Sizes across are per cent, sizes down and text are pixels; so text stays as it is."""
+    x_ticks = _ticks([point.x for point in block.points])
+    y_ticks = _ticks([point.y for point in block.points])
+
+    def share(value: float, ticks: list[tuple[float, str]]) -> float:
+        return (value - ticks[0][0]) / (ticks[-1][0] - ticks[0][0])
+
+    places = [share(point.x, x_ticks) for point in block.points]
+    heights = [(1 - share(point.y, y_ticks)) * _CURVE_HEIGHT for point in block.points]
+    drawn = []
+    for value, text in x_ticks:
+        at = f"{share(value, x_ticks):.2%}"
+        drawn.append(
+            f'<line class="grid" x1="{at}" x2="{at}" y1="0" y2="{_CURVE_HEIGHT}"/>'
+            f'<text class="tick" x="{at}" y="{_CURVE_HEIGHT + 20}" text-anchor="middle">'
+            f"{text}</text>\n"
+        )
+    for value, text in y_ticks:
+        y = (1 - share(value, y_ticks)) * _CURVE_HEIGHT
+        drawn.append(
+            f'<line class="grid" x1="0%" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="tick" x="-8" y="{y + 4:.1f}" text-anchor="end">{text}</text>\n'
+        )
+    drawn.extend(
+        f'<line class="line" x1="{places[end - 1]:.2%}" x2="{places[end]:.2%}" '
+        f'y1="{heights[end - 1]:.1f}" y2="{heights[end]:.1f}"/>\n'
+        for end in range(1, len(places))
+    )
+    spots = _spots(block.points, places, heights)
+    for index, spot in spots.items():
+        if spot.far:
+            x, down = spot.lead_end()
+            # A drawing in the drawing: its corner is at per cent, and its inside is in pixels.
+            drawn.append(
+                f'<svg x="{places[index]:.2%}" y="{heights[index]:.1f}" overflow="visible">'
+                f'<line class="lead" x2="{x:g}" y2="{down:g}"/></svg>\n'
+            )
+    for point, place, y in zip(block.points, places, heights, strict=True):
+        kind, radius = ("point marked", 7) if point.marked else ("point", 4)
+        words = f"{point.label} ({_number(point.x)}, {_number(point.y)})".strip()
+        drawn.append(
+            f'<circle class="{kind}" cx="{place:.2%}" cy="{y:.1f}" r="{radius}">'
+            f"<title>{_text(words)}</title></circle>\n"
+        )
+    for index, spot in spots.items():
+        point = block.points[index]
+        drawn.append(
+            f'<text class="{"name marked" if point.marked else "name"}" x="{places[index]:.2%}" '
+            f'dx="{spot.dx:g}" y="{heights[index] + spot.dy:.1f}" text-anchor="{spot.anchor}">'
+            f"{_text(_short(point.label))}</text>\n"
+        )
+    side = max(len(text) for _, text in y_ticks) * _CURVE_LETTER + 10
+    return (
+        f'{_caption(block.caption)}<div class="curve"><span class="axis">{_text(block.y_label)}'
+        f'</span>\n<svg class="plot" height="{_CURVE_HEIGHT}" '
+        f'style="margin-left:{side:.0f}px;width:calc(100% - {side + 16:.0f}px)">\n'
+        f"{''.join(drawn)}</svg>\n"
+        f'<span class="axis x">{_text(block.x_label)}</span></div>\n'
+    )
+
+
+def _ticks(values: list[float]) -> list[tuple[float, str]]:
+    """3 to 5 round values with their texts; ``values`` lie between the first and the last.
+
+    Steps of 1, 2, 2.5 and 5 times a power of ten; each is at most double the one before, which is
+    why a step of too many ticks is followed by one of enough.
+    """
+    low, high = min(values), max(values)
+    size = max(abs(low), abs(high))
+    if not high - low > 1e-9 * size:
+        margin = size / 10 or 1.0
+        low, high = low - margin, high + margin
+    power = math.floor(math.log10((high - low) / 4)) - 1
+    while True:
+        for factor, decimals in ((1.0, 0), (2.0, 0), (2.5, 1), (5.0, 0)):
+            step = factor * 10.0**power
+            # A value that is a tick but for rounding is one.
+            first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+            if last - first <= 4:
+                shown = max(decimals - power, 0)
+                plain = shown <= 9 and size < 1e9
+                return [
+                    (
+                        index * step,
+                        f"{index * step:.{shown}f}".replace("-", _MINUS)
+                        if plain
+                        else _number(index * step),
+                    )
+                    for index in range(first, last + 1)
+                ]
+        power += 1
+
+
+def _spots(
+    points: tuple[Point, ...], places: list[float], heights: list[float]
+) -> dict[int, _Spot]:
+    """Where the label of each point stands, by its index; the marked points choose first."""
+    dots = []
+    for point, place, y in zip(points, places, heights, strict=True):
+        size = 8 if point.marked else 5
+        dots.append(_Box(place, -size, size, y - size, y + size))
+    line = []
+    for end in range(1, len(points)):
+        for part in np.linspace(0.0, 1.0, 33).tolist():
+            y = heights[end - 1] + (heights[end] - heights[end - 1]) * part
+            place = places[end - 1] + (places[end] - places[end - 1]) * part
+            line.append(_Box(place, 0, 0, y, y))
+    spots: dict[int, _Spot] = {}
+    labels: list[_Box] = []
+    leads: list[_Box] = []
+    for index in sorted(range(len(points)), key=lambda index: not points[index].marked):
+        point, place, y = points[index], places[index], heights[index]
+        if not point.label or not (point.marked or len(points) <= _CURVE_LABELS):
+            continue
+        text = _short(point.label)
+
+        def is_free(spot: _Spot, place: float = place, y: float = y, text: str = text) -> bool:
+            box = spot.box(place, y, text)
+            return box.fits() and not box.touches_any(dots + labels + leads)
+
+        near = [spot for spot in _NEAR if is_free(spot)]
+        # Text on the line can be read, but is better beside it.
+        off = [spot for spot in near if not spot.box(place, y, text).touches_any(line)]
+        chosen = (off or near)[:1]
+        if not chosen and point.marked:
+            far = [spot for spot in _FAR if is_free(spot)]
+            # Labels lie above the thin lines, so that one that has to may pass below them.
+            clear = (
+                spot
+                for spot in far
+                if not any(box.touches_any(labels) for box in spot.lead(place, y))
+            )
+            chosen = [*itertools.islice(clear, 1), *far[:1]][:1]
+        for spot in chosen:
+            spots[index] = spot
+            labels.append(spot.box(place, y, text))
+            leads.extend(spot.lead(place, y) if spot.far else ())
+    return spots
+
+
+def _short(label: str) -> str:
+    """A label that a phone has room for."""
+    return label if len(label) <= _CURVE_LONGEST else label[: _CURVE_LONGEST - 1] + "…"
 
 
 def _pictures(block: Pictures) -> str:
@@ -543,6 +1101,44 @@ svg { display: block; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 10px 0 18px; font-size: 14px; }
 .key { display: flex; align-items: center; gap: 6px; }
 .key .number { color: var(--soft); }
+.share { display: grid; grid-template-columns: minmax(96px, 1fr) auto; gap: 10px; }
+.share { align-items: center; min-width: 168px; }
+.share .bar { width: 0; min-width: 100%; }
+.long { max-height: 80vh; overflow: auto; }
+.long th { position: sticky; top: 0; z-index: 1; background: var(--page); border-bottom: 0; }
+.long th { box-shadow: inset 0 -1px var(--line); }
+.panels { display: grid; gap: 20px; margin-bottom: 10px; }
+.panels { grid-template-columns: repeat(auto-fill, minmax(184px, 1fr)); }
+.panel { display: flex; flex-direction: column; min-width: 0; }
+.title { font-size: 14px; font-weight: 600; line-height: 1.3; overflow-wrap: anywhere; }
+.panel .note { font-size: 12px; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.labels { position: relative; font-size: 11px; line-height: 15px; color: var(--soft); }
+.labels span {
+  position: absolute; max-width: 100%; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; font-variant-numeric: tabular-nums;
+}
+.shape { border-bottom: 1px solid var(--faint); }
+.note + .labels, .title + .labels { margin-top: auto; padding-top: 4px; box-sizing: content-box; }
+.grid { stroke: var(--line); fill: none; }
+.mark { stroke: var(--p6); stroke-width: 1.5; fill: none; }
+.shape path { vector-effect: non-scaling-stroke; }
+.scale { margin: 0 0 14px; color: var(--faint); font-size: 13px; }
+.curve { margin: 0 0 18px; }
+.plot { margin: 14px 16px 26px 0; overflow: visible; }
+.plot text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+.plot .name { stroke: var(--page); stroke-width: 4; stroke-linejoin: round; paint-order: stroke; }
+.plot .name.marked { fill: var(--ink); font-weight: 600; }
+.line { stroke: var(--p0); stroke-width: 2; }
+.lead { stroke: var(--faint); }
+.point { fill: var(--p0); stroke: var(--page); stroke-width: 1.5; }
+.point.marked { fill: var(--p1); stroke: var(--page); stroke-width: 2; }
+.axis { display: block; font-size: 13px; font-weight: 600; color: var(--soft); }
+.axis.x { text-align: right; margin-right: 16px; }
+details { margin: 0 0 14px; padding: 0 16px; border: 1px solid var(--line); border-radius: 10px; }
+summary { margin: 0 -16px; padding: 11px 16px; font-weight: 600; cursor: pointer; }
+summary + .caption { margin-top: 0; }
+details > :last-child { margin-bottom: 16px; }
+details > summary:last-child { margin-bottom: 0; }
 .pictures { display: grid; gap: 16px; margin-bottom: 16px; }
 .c2 { grid-template-columns: repeat(2, 1fr); }
 .c3 { grid-template-columns: repeat(3, 1fr); }
@@ -574,6 +1170,14 @@ footer {
   .value { font-size: 28px; }
   .row { grid-template-columns: 104px 1fr 62px; gap: 10px; }
   .c2, .c3, .c4 { grid-template-columns: 1fr; gap: 12px; }
+  .long table { width: max-content; min-width: 100%; }
+  .long td { max-width: 36ch; }
+  .long td:first-child { max-width: 17ch; overflow-wrap: anywhere; }
+  .long td:first-child { position: sticky; left: 0; background: var(--page); }
+  .long th:first-child { left: 0; z-index: 2; }
+  .panels { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 18px 16px; }
+  details { padding: 0 12px; }
+  summary { margin: 0 -12px; padding: 11px 12px; }
   section { margin-bottom: 32px; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 }
@@ -582,7 +1186,12 @@ footer {
   :root { --page: #ffffff; }
   body { font-size: 13px; }
   main { max-width: none; padding: 0; }
-  figure, .tile, .row, tr, pre { break-inside: avoid; }
+  figure, .tile, .row, .panel, .curve, tr, pre { break-inside: avoid; }
+  .long { max-height: none; overflow: visible; }
+  .long th { position: static; }
+  .long table { font-size: 11px; }
+  .long td { padding: 3px 12px 3px 0; }
+  details::details-content { content-visibility: visible; height: auto; }
   h2, .caption { break-after: avoid; }
   pre { white-space: pre-wrap; }
   .c2 { grid-template-columns: repeat(2, 1fr); }
