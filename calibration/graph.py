@@ -1,4 +1,4 @@
-"""An exported graph made ready for quantization: one array per weight, no batch norms, layers named.
+"""An exported graph made ready for quantization: plain weights, no batch norms, named layers.
 
 What `edgeseg export` writes is made to be trained further: batch norms stand by themselves, kernels
 may be stored as fp16 behind a Cast, pictures are scaled by a node of their own. Quantization wants
@@ -7,27 +7,50 @@ the numbers that are really multiplied, so `prepared` folds all of that into the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import NodeProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from edgeseg.errors import CalibrationError
 
 __all__ = ["WEIGHTED", "Graph", "Layer", "prepared"]
 
-#: operators that multiply an activation by a constant weight, and the weight's axis of output
-#: channels; Gemm and MatMul take theirs from `Layer`
+#: operators that multiply an activation by a weight; which of them become a `Layer` is told there
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+_LAYERS = ("Conv", "ConvTranspose", "Gemm")
+_STANDARD = ("", "ai.onnx")
+_INTEGER = frozenset(
+    {
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "ConvInteger",
+        "MatMulInteger",
+        "QLinearConv",
+        "QLinearMatMul",
+    }
+)
+# The first operator set whose QuantizeLinear takes one scale per channel.
+_OLDEST_OPSET = 13
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One weighted node. ``name`` is that of its weight without ``.weight``; ``axis`` is the
-    weight's axis of output channels, ``group`` the number of groups (1 but for convolutions)."""
+    """One node that can be quantized: Conv, ConvTranspose, or a Gemm that is a plain linear layer
+    (alpha and beta 1, input not transposed), with constant weight and bias.
+
+    ``name`` is that of its weight without ``.weight``; ``axis`` is the weight's axis of output
+    channels, ``group`` the number of groups (1 but for convolutions). A ConvTranspose of several
+    groups has out / group entries along ``axis``, each for one channel of every group.
+
+    A MatMul is no layer and stays in floating point: its channels are the last axis of its input,
+    where those of every other operator here are axis 1. Linear layers are exported as Gemm.
+    """
 
     name: str
     node: str
@@ -58,9 +81,10 @@ class Graph:
         self._producer: dict[str, NodeProto] = {}
         self._consumers: dict[str, list[NodeProto]] = {}
         for node in self.nodes:
-            for name in node.output:
+            # An empty name is an optional input or output left out.
+            for name in filter(None, node.output):
                 self._producer[name] = node
-            for name in dict.fromkeys(node.input):
+            for name in filter(None, dict.fromkeys(node.input)):
                 self._consumers.setdefault(name, []).append(node)
         self._tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
         self._arrays = {
@@ -75,10 +99,10 @@ class Graph:
 
     def each(self, kind: str) -> Iterator[NodeProto]:
         """The nodes of one operator type, one by one while the graph is being changed."""
-        for name in [node.output[0] for node in self.nodes if node.op_type == kind]:
+        for name in [node.output[0] for node in self.nodes if is_standard(node, kind)]:
             # Looked up only now: a change of the graph makes new node objects.
             node = self.producer(name)
-            if node is not None and node.op_type == kind:
+            if node is not None and is_standard(node, kind):
                 yield node
 
     def producer(self, tensor: str) -> NodeProto | None:
@@ -109,7 +133,7 @@ class Graph:
 
     def put(self, tensor: str, values: NDArray[np.generic]) -> None:
         """Makes initializer ``tensor`` hold ``values``; a new one if there is none."""
-        made = numpy_helper.from_array(np.ascontiguousarray(values), tensor)
+        made = numpy_helper.from_array(np.asarray(values, order="C"), tensor)
         if tensor in self._tensors:
             self._tensors[tensor].CopyFrom(made)
         else:
@@ -133,33 +157,40 @@ class Graph:
         self.model.graph.initializer.extend(tensors)
         self.refresh()
 
-    def add_bias(self, layer: Layer, values: NDArray[np.float64]) -> None:
-        """Adds ``values`` (output channels,) to the bias of ``layer``, which gets one if need be."""
-        before = 0.0 if layer.bias is None else self.array(layer.bias).astype(np.float64)
-        _put_bias(self, layer, (before + values).astype(np.float32))
-
     def layers(self) -> list[Layer]:
-        """The weighted nodes, in the order of execution."""
-        return list(self._layers())
+        """The nodes that can be quantized, in the order of execution."""
+        return [layer for node in self.nodes if (layer := self._layer(node)) is not None]
 
-    def _layers(self) -> Iterator[Layer]:
-        for node in self.nodes:
-            if node.op_type not in WEIGHTED or len(node.input) < 2:
-                continue
-            weight = node.input[1]
-            if not self.is_constant(weight):
-                continue
-            yield Layer(
-                name=weight.removesuffix(".weight"),
-                node=node.name,
-                kind=node.op_type,
-                input=node.input[0],
-                output=node.output[0],
-                weight=weight,
-                bias=node.input[2] if len(node.input) > 2 and node.input[2] else None,
-                axis=_output_axis(node, len(self._tensors[weight].dims)),
-                group=attribute(node, "group", 1),
-            )
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor -> shape, as far as ONNX infers it; 0 for a side that is not known."""
+        inferred = onnx.shape_inference.infer_shapes(self.model).graph
+        return {
+            value.name: tuple(side.dim_value for side in value.type.tensor_type.shape.dim)
+            for value in (*inferred.input, *inferred.value_info, *inferred.output)
+            if value.type.tensor_type.HasField("shape")
+        }
+
+    def _layer(self, node: NodeProto) -> Layer | None:
+        if not is_standard(node, *_LAYERS):
+            return None
+        source, weight, bias = (*node.input, "", "")[:3]
+        if self.is_constant(source) or not self.is_constant(weight):
+            return None
+        if bias and not self.is_constant(bias):
+            return None
+        if node.op_type == "Gemm" and not _is_linear(node):
+            return None
+        return Layer(
+            name=weight.removesuffix(".weight"),
+            node=node.name,
+            kind=node.op_type,
+            input=source,
+            output=node.output[0],
+            weight=weight,
+            bias=bias or None,
+            axis=_output_axis(node),
+            group=attribute(node, "group", 1),
+        )
 
 
 def attribute(node: NodeProto, name: str, default: int) -> int:
@@ -170,68 +201,166 @@ def attribute(node: NodeProto, name: str, default: int) -> int:
     return default
 
 
-def _output_axis(node: NodeProto, ndim: int) -> int:
-    if node.op_type == "ConvTranspose":
-        return 1
+def is_standard(node: NodeProto, *kinds: str) -> bool:
+    """Whether ``node`` is one of ONNX's own operators ``kinds``."""
+    return node.op_type in kinds and node.domain in _STANDARD
+
+
+def _output_axis(node: NodeProto) -> int:
     if node.op_type == "Gemm":
         return 0 if attribute(node, "transB", 0) else 1
-    if node.op_type == "MatMul":
-        return ndim - 1
-    return 0
+    return 1 if node.op_type == "ConvTranspose" else 0
+
+
+def _is_linear(node: NodeProto) -> bool:
+    plain = all(entry.f == 1 for entry in node.attribute if entry.name in ("alpha", "beta"))
+    return plain and not attribute(node, "transA", 0)
 
 
 def prepared(model: onnx.ModelProto) -> Graph:
-    """A copy of ``model`` with fp32 weights, batch norms folded, and every weighted node named.
+    """A copy of ``model`` with fp32 weights, batch norms folded, and every node named.
 
-    CalibrationError when the model is quantized already, or has no weighted layer.
+    Every layer has a weight and a bias that nothing else reads. CalibrationError when the model is
+    quantized already, has no layer, or has what cannot be quantized here: fp16 arithmetic, control
+    flow, an operator set before 13.
     """
     graph = Graph(model)
-    kinds = {node.op_type for node in graph.nodes}
-    if "QuantizeLinear" in kinds or "DequantizeLinear" in kinds:
-        raise CalibrationError(
-            "the graph is quantized already; quantize the fp32 bundle that it was made from"
-        )
+    _check(graph)
     del graph.model.graph.value_info[:]
-    _widen(graph)
-    _constants_to_initializers(graph)
+    _name_nodes(graph)
+    _settle_constants(graph)
+    _separate_weights(graph)
+    layers = graph.layers()
+    if not layers:
+        raise CalibrationError(
+            "the graph has no layer with weights that could be quantized "
+            f"({', '.join(_LAYERS)} with a constant weight)"
+        )
+    for layer in layers:
+        kind = graph.array(layer.weight).dtype
+        if kind != np.float32:
+            raise CalibrationError(
+                f"a graph is quantized from float32, and {layer.name} computes in {kind}; "
+                "quantize the fp32 bundle that it was made from"
+            )
     _fold_batch_norms(graph)
     _fold_scaling(graph)
     graph.prune()
-    if not graph.layers():
-        raise CalibrationError(
-            "the graph has no layer with weights that could be quantized "
-            f"({', '.join(WEIGHTED)} with a constant weight)"
-        )
     return graph
 
 
-def _widen(graph: Graph) -> None:
-    """Constants behind a Cast to float32 become float32 constants under their own names."""
-    renamed = {}
+def _check(graph: Graph) -> None:
+    for node in graph.nodes:
+        if is_standard(node, *_INTEGER):
+            raise CalibrationError(
+                f"the graph is quantized already (it has a {node.op_type}); quantize the fp32 "
+                "bundle that it was made from"
+            )
+        if any(entry.HasField("g") or entry.graphs for entry in node.attribute):
+            raise CalibrationError(
+                f"the graph has a {node.op_type} with a graph of its own, and calibration does not "
+                "look into those; export the model without control flow"
+            )
+    version = next(
+        (entry.version for entry in graph.model.opset_import if entry.domain in _STANDARD), 1
+    )
+    if version < _OLDEST_OPSET:
+        raise CalibrationError(
+            f"quantized graphs need ONNX operator set {_OLDEST_OPSET} or newer, and this graph has "
+            f"{version}; export it again"
+        )
+
+
+def _name_nodes(graph: Graph) -> None:
+    """Every node gets a name that no other has: layers are found by it."""
+    taken: set[str] = set()
+    for node in graph.nodes:
+        stem = node.name or f"{node.op_type} {next(filter(None, node.output), '')}"
+        node.name = _unused(stem, taken)
+        taken.add(node.name)
+
+
+def _unused(stem: str, taken: Container[str], suffix: str = "") -> str:
+    """``stem`` and ``suffix``, with a number between them if that is taken."""
+    name, number = stem + suffix, 1
+    while name in taken:
+        number += 1
+        name = f"{stem}.{number}{suffix}"
+    return name
+
+
+def _settle_constants(graph: Graph) -> None:
+    """All constants become initializers: those of Constant nodes, and those behind an Identity or
+    a Cast to float32. Inputs with an initializer are no longer inputs."""
+    inputs = [entry for entry in graph.model.graph.input if not graph.is_constant(entry.name)]
+    del graph.model.graph.input[:]
+    graph.model.graph.input.extend(inputs)
+    same: dict[str, str] = {}
     kept = []
     for node in graph.nodes:
-        if node.op_type == "Cast" and graph.is_constant(node.input[0]):
-            to = helper.tensor_dtype_to_np_dtype(attribute(node, "to", 1))
-            if to == np.float32:
-                graph.put(node.input[0], graph.floats(node.input[0]))
-                renamed[node.output[0]] = node.input[0]
-                continue
-        kept.append(node)
-    for node in kept:
         for index, name in enumerate(node.input):
-            node.input[index] = renamed.get(name, name)
-    graph.replace_nodes(kept)
-
-
-def _constants_to_initializers(graph: Graph) -> None:
-    """Constant nodes that hold a tensor become initializers, so that one look-up finds both."""
-    kept = []
-    for node in graph.nodes:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            graph.put(node.output[0], numpy_helper.to_array(node.attribute[0].t))
+            node.input[index] = same.get(name, name)
+        target = node.output[0]
+        if graph.is_output(target):
+            kept.append(node)
+        elif is_standard(node, "Constant"):
+            values = _constant(node)
+            if values is None:
+                kept.append(node)
+            else:
+                graph.put(target, values)
+        elif (_widens(node) or is_standard(node, "Identity")) and graph.is_constant(node.input[0]):
+            source = node.input[0]
+            if all(map(_widens, graph.consumers(source))) and not graph.is_output(source):
+                # The kernel keeps its own name, which is the layer's.
+                graph.put(source, graph.floats(source))
+            if _widens(node) and graph.array(source).dtype != np.float32:
+                graph.put(target, graph.floats(source))
+            else:
+                same[target] = source
         else:
             kept.append(node)
     graph.replace_nodes(kept)
+
+
+def _widens(node: NodeProto) -> bool:
+    return is_standard(node, "Cast") and attribute(node, "to", 0) == TensorProto.FLOAT
+
+
+def _constant(node: NodeProto) -> NDArray[np.generic] | None:
+    """What Constant ``node`` holds; None for text and sparse tensors."""
+    (entry,) = node.attribute
+    if entry.name == "value":
+        return numpy_helper.to_array(entry.t)
+    if entry.name in ("value_float", "value_floats"):
+        return np.array(helper.get_attribute_value(entry), np.float32)
+    if entry.name in ("value_int", "value_ints"):
+        return np.array(helper.get_attribute_value(entry), np.int64)
+    return None
+
+
+def _separate_weights(graph: Graph) -> None:
+    """Layers that share a weight or a bias with anything else get one of their own."""
+    taken = {tensor.name for tensor in graph.model.graph.initializer}
+    layers = {layer.node for layer in graph.layers()}
+    seen: set[str] = set()
+    for node in graph.nodes:
+        if node.name not in layers:
+            continue
+        for index, name in enumerate(node.input):
+            if not index or not name:
+                continue
+            shared = graph.is_output(name) or any(
+                reader.name not in layers for reader in graph.consumers(name)
+            )
+            if name in seen or shared:
+                stem, dot, last = name.rpartition(".")
+                own = _unused(stem, taken, dot + last) if dot else _unused(name, taken)
+                taken.add(own)
+                graph.put(own, graph.array(name))
+                node.input[index] = own
+            seen.add(name)
+    graph.refresh()
 
 
 def _fold_batch_norms(graph: Graph) -> None:
@@ -241,24 +370,31 @@ def _fold_batch_norms(graph: Graph) -> None:
     the batch norm, not before it.
     """
     for node in graph.each("BatchNormalization"):
+        if not all(graph.is_constant(name) for name in node.input[1:]) or any(node.output[1:]):
+            # Of a network in training; it stays what it is, in floating point.
+            continue
         gamma, beta, mean, variance = (
-            graph.array(name).astype(np.float64) for name in node.input[1:5]
+            graph.array(name).astype(np.float64) for name in node.input[1:]
         )
         epsilon = next((entry.f for entry in node.attribute if entry.name == "epsilon"), 1e-5)
         factor = gamma / np.sqrt(variance + epsilon)
         shift = beta - mean * factor
         layers = {layer.output: layer for layer in graph.layers()}
         before = layers.get(node.input[0])
-        if before is not None and len(graph.consumers(node.input[0])) == 1:
+        if before is not None and _read_once(graph, node.input[0]):
             _scale_outputs(graph, before, factor, shift)
             _bypass(graph, node, forward=True)
             continue
         behind = _only_reader(graph, node.output[0])
-        if behind is not None and _takes_shift(graph, behind):
+        if behind is not None and (_pads_nothing(graph, behind) or not shift.any()):
             _scale_inputs(graph, behind, factor, shift)
             _bypass(graph, node, forward=False)
             continue
         _spell_out(graph, node, factor, shift)
+
+
+def _read_once(graph: Graph, tensor: str) -> bool:
+    return len(graph.consumers(tensor)) == 1 and not graph.is_output(tensor)
 
 
 def _bypass(graph: Graph, node: NodeProto, *, forward: bool) -> None:
@@ -283,7 +419,7 @@ def _scale_outputs(
     per_channel = output_factors(layer, weight.shape, factor)
     bias = 0.0 if layer.bias is None else graph.array(layer.bias).astype(np.float64)
     graph.put(layer.weight, (weight * per_channel).astype(np.float32))
-    _put_bias(graph, layer, (bias * factor + shift).astype(np.float32))
+    _put_bias(graph, layer, bias * factor + shift)
 
 
 def output_factors(
@@ -310,7 +446,7 @@ def _scale_inputs(
         spatial = tuple(range(2, weight.ndim))
         added = (weight * input_factors(layer, weight.shape, shift)).sum(axis=(1, *spatial))
         bias = 0.0 if layer.bias is None else graph.array(layer.bias).astype(np.float64)
-        _put_bias(graph, layer, (bias + added).astype(np.float32))
+        _put_bias(graph, layer, bias + added)
     graph.put(layer.weight, spread.astype(np.float32))
 
 
@@ -324,44 +460,45 @@ def input_factors(
         rows = factor.reshape(layer.group, shape[1]).repeat(per_group, axis=0)
         return rows.reshape(shape[0], shape[1], *[1] * (len(shape) - 2))
     sides = [1] * len(shape)
-    if layer.kind in ("Gemm", "MatMul"):
-        sides[len(shape) - 2 if layer.axis == len(shape) - 1 else 1] = -1
-    else:
-        sides[0 if layer.kind == "ConvTranspose" else 1] = -1
+    sides[1 - layer.axis] = -1
     return factor.reshape(sides)
 
 
-def _put_bias(graph: Graph, layer: Layer, values: NDArray[np.float32]) -> None:
-    if layer.bias is not None and len(graph.consumers(layer.bias)) == 1:
-        graph.put(layer.bias, values)
-        return
-    name = f"{layer.name}.bias"
-    if graph.is_constant(name):
-        name = f"{layer.name}.folded_bias"
-    graph.put(name, values)
-    node = graph.producer(layer.output)
-    assert node is not None
-    del node.input[2:]
-    node.input.append(name)
+def output_channels(layer: Layer, shape: tuple[int, ...]) -> int:
+    """Channels that ``layer`` makes with a weight of ``shape``."""
+    return shape[layer.axis] * (layer.group if layer.kind == "ConvTranspose" else 1)
+
+
+def input_channels(layer: Layer, shape: tuple[int, ...]) -> int:
+    """Channels that ``layer`` reads with a weight of ``shape``."""
+    return shape[1 - layer.axis] * (layer.group if layer.kind == "Conv" else 1)
+
+
+def _put_bias(graph: Graph, layer: Layer, values: NDArray[np.float64]) -> None:
+    name = layer.bias
+    if name is None:
+        taken = {tensor.name for tensor in graph.model.graph.initializer}
+        name = _unused(layer.name, taken, ".bias")
+        node = graph.producer(layer.output)
+        assert node is not None
+        del node.input[2:]
+        node.input.append(name)
+    graph.put(name, values.astype(np.float32))
     graph.refresh()
 
 
 def _only_reader(graph: Graph, tensor: str) -> Layer | None:
     """The convolution that alone reads ``tensor``."""
-    readers = graph.consumers(tensor)
-    if len(readers) != 1 or graph.is_output(tensor):
+    if not _read_once(graph, tensor):
         return None
+    (reader,) = graph.consumers(tensor)
     return next(
-        (
-            layer
-            for layer in graph.layers()
-            if layer.node == readers[0].name and layer.input == tensor and layer.kind == "Conv"
-        ),
+        (layer for layer in graph.layers() if layer.node == reader.name and layer.kind == "Conv"),
         None,
     )
 
 
-def _takes_shift(graph: Graph, layer: Layer) -> bool:
+def _pads_nothing(graph: Graph, layer: Layer) -> bool:
     node = graph.producer(layer.output)
     assert node is not None
     for entry in node.attribute:
@@ -375,26 +512,30 @@ def _takes_shift(graph: Graph, layer: Layer) -> bool:
 def _spell_out(
     graph: Graph, node: NodeProto, factor: NDArray[np.float64], shift: NDArray[np.float64]
 ) -> None:
-    sides = (1, -1, 1, 1)
-    graph.put(f"{node.name}.factor", factor.astype(np.float32).reshape(sides))
-    graph.put(f"{node.name}.shift", shift.astype(np.float32).reshape(sides))
-    scaled = f"{node.output[0]}.scaled"
+    shape = graph.shapes().get(node.input[0])
+    if shape is None:
+        # Of unknown rank: it stays what it is, in floating point.
+        return
+    sides = (1, -1, *[1] * (len(shape) - 2))
+    taken = {tensor.name for tensor in graph.model.graph.initializer}
+    constants = [_unused(node.name, taken, part) for part in (".factor", ".shift")]
+    for name, values in zip(constants, (factor, shift), strict=True):
+        graph.put(name, values.astype(np.float32).reshape(sides))
+    source, target = node.input[0], node.output[0]
+    scaled = f"{target}.scaled"
     pair = [
-        helper.make_node(
-            "Mul", [node.input[0], f"{node.name}.factor"], [scaled], f"{node.name}.mul"
-        ),
-        helper.make_node(
-            "Add", [scaled, f"{node.name}.shift"], [node.output[0]], f"{node.name}.add"
-        ),
+        helper.make_node("Mul", [source, constants[0]], [scaled], f"{node.name}.mul"),
+        helper.make_node("Add", [scaled, constants[1]], [target], f"{node.name}.add"),
     ]
     written: list[NodeProto] = []
     for other in graph.nodes:
-        written.extend(pair if other.output[0] == node.output[0] else [other])
+        written.extend(pair if other.output[0] == target else [other])
     graph.replace_nodes(written)
 
 
 def _fold_scaling(graph: Graph) -> None:
-    """A Mul by one constant per channel, read by convolutions only, becomes part of their weights.
+    """A Mul by a constant, or one per channel, read by convolutions only, becomes part of their
+    weights.
 
     That is how pictures are normalised: what reaches the first layer is then in grey levels, whose
     steps an int8 scale can nearly keep. (The subtraction before it stays: convolutions pad with 0,
@@ -402,21 +543,32 @@ def _fold_scaling(graph: Graph) -> None:
     """
     for node in graph.each("Mul"):
         constants = [name for name in node.input if graph.is_constant(name)]
-        if len(constants) != 1:
+        target = node.output[0]
+        readers = {reader.name for reader in graph.consumers(target)}
+        layers = [layer for layer in graph.layers() if layer.node in readers]
+        if len(constants) != 1 or len(layers) != len(readers) or graph.is_output(target):
             continue
         values = graph.array(constants[0]).astype(np.float64)
-        if values.ndim != 4 or values.size != values.shape[1]:
+        factors = [_channel_factors(graph, layer, values) for layer in layers]
+        if any(factor is None for factor in factors):
             continue
-        readers = {other.name for other in graph.consumers(node.output[0])}
-        layers = [
-            layer
-            for layer in graph.layers()
-            if layer.node in readers and layer.kind == "Conv" and layer.input == node.output[0]
-        ]
-        if len(layers) != len(readers) or graph.is_output(node.output[0]):
-            continue
-        for layer in layers:
-            _scale_inputs(graph, layer, values.ravel(), np.zeros(values.size))
-        source = next(name for name in node.input if name != constants[0])
-        node.input[0], node.input[1] = source, constants[0]
+        for layer, factor in zip(layers, factors, strict=True):
+            if factor is not None:
+                _scale_inputs(graph, layer, factor, np.zeros(1))
+        if node.input[0] == constants[0]:
+            node.input[0], node.input[1] = node.input[1], node.input[0]
         _bypass(graph, node, forward=False)
+
+
+def _channel_factors(
+    graph: Graph, layer: Layer, values: NDArray[np.float64]
+) -> NDArray[np.float64] | None:
+    """``values`` as a factor per input channel of ``layer``; None if they are something else."""
+    shape = graph.array(layer.weight).shape
+    channels = input_channels(layer, shape)
+    if layer.kind != "Conv" or values.ndim > len(shape):
+        return None
+    sides = (1,) * (len(shape) - values.ndim) + values.shape
+    if sides not in ((1,) * len(sides), (1, channels, *[1] * (len(shape) - 2))):
+        return None
+    return np.broadcast_to(values.ravel(), channels)

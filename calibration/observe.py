@@ -33,9 +33,9 @@ class Observation:
     def add(self, values: NDArray[np.float32]) -> None:
         """Counts one frame's tensor."""
         self.histogram.add(values)
-        if values.ndim < 2:
+        if values.ndim < 2 or not values.size:
             return
-        planes = values.reshape(values.shape[0] * values.shape[1], -1)
+        planes = np.moveaxis(values, 1, 0).reshape(values.shape[1], -1)
         peak = np.maximum(planes.max(axis=1), -planes.min(axis=1)).astype(np.float64)
         if self.channel_peak.size == 0:
             self.channel_peak = peak
@@ -62,12 +62,14 @@ def observe(
     """Tensor name -> what was seen of it in ``total`` frames of network size.
 
     ``frames`` is iterated once for each pass (memory is bounded by the largest picture, not by
-    their number). CalibrationError when a tensor holds something that is no number.
+    their number), so it must not be a generator. CalibrationError when there are none, or a tensor
+    holds something that is no number.
     """
     found = {name: Observation() for name in tensors}
     passes = _passes(model, tensors)
     done = 0
     for names in passes:
+        before = done
         for outputs in run(model, names, frames):
             for name, values in outputs.items():
                 try:
@@ -80,6 +82,10 @@ def observe(
             done += 1
             if progress is not None:
                 progress(done, total * len(passes))
+        if done == before:
+            raise CalibrationError(
+                f"there is no frame to observe the model with, where {total} were promised"
+            )
     return found
 
 

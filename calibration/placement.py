@@ -95,14 +95,12 @@ class _Search:
     def run(self) -> None:
         for layer in self.layers:
             self._add(layer.input, f"input of {layer.name}")
-            if layer.kind == "MatMul":
-                continue
         while self._around_layers_without_weights():
             pass
 
     def sites(self) -> tuple[Site, ...]:
         """In the order in which the graph makes the tensors."""
-        order = {name: 0 for name in self._reasons}
+        order = dict.fromkeys(self._reasons, 0)
         for index, node in enumerate(self._graph.nodes):
             for name in node.output:
                 if name in order:

@@ -16,9 +16,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
-from edgeseg.calibration.graph import Graph, Layer
+from edgeseg.calibration.graph import WEIGHTED, Graph, Layer
 from edgeseg.calibration.placement import Placement
 from edgeseg.calibration.ranges import quantized
+from edgeseg.errors import CalibrationError
 
 __all__ = ["Scales", "activation_scale", "quantize", "weight_scale"]
 
@@ -29,7 +30,7 @@ _ZERO = "edgeseg.zero"
 @dataclass(frozen=True)
 class Scales:
     """What the integers mean: ``activations`` by group of tensors (see ``Placement``), ``weights``
-    by layer name, (output channels,) float32 each."""
+    by layer name, float32 with one entry along the axis of the weight's output channels each."""
 
     activations: Mapping[str, float]
     weights: Mapping[str, NDArray[np.float32]]
@@ -40,7 +41,9 @@ def quantize(
 ) -> onnx.ModelProto:
     """A new model: ``graph`` with Q/DQ at the sites of ``placement``; ``graph`` stays as it is.
 
-    ``float_weights`` keeps the weights float32 with a Q/DQ pair each, so that they can be trained.
+    ``float_weights`` keeps the weights float32 with a Q/DQ pair each, so that they can be trained;
+    what the model computes is the same. CalibrationError when ``scales`` lack one, or have another
+    number of them than a layer has output channels.
     """
     made = Graph(graph.model)
     written: list[NodeProto] = []
@@ -48,13 +51,12 @@ def quantize(
     dequantized: dict[str, str] = {}
     sites = {site.tensor: site for site in placement.sites}
     layers = {layer.node: layer for layer in placement.layers}
-    floats = {layer.node for layer in made.layers()} - set(layers)
+    _check(made, placement, scales)
 
     def pair(tensor: str) -> list[NodeProto]:
-        group = sites[tensor].group
-        scale = activation_scale(group)
-        made.put(scale, np.float32(scales.activations[group]).reshape(()))
-        made.put(_ZERO, np.int8(0).reshape(()))
+        scale = activation_scale(sites[tensor].group)
+        made.put(scale, np.array(scales.activations[sites[tensor].group], np.float32))
+        made.put(_ZERO, np.array(0, np.int8))
         dequantized[tensor] = f"{tensor}.dequantized"
         return _pair(tensor, scale, _ZERO, f"{tensor}.int8", dequantized[tensor])
 
@@ -68,9 +70,9 @@ def quantize(
         if layer is not None:
             written += _weight(made, layer, scales.weights[layer.name], float_weights)
             copy.input[1] = f"{layer.weight}.dequantized"
-        # A layer left in floating point was left so for its accuracy, and reads what was there
-        # before rounding; and so does the head.
-        if node.name not in floats and not node.domain:
+        # What multiplies by floating-point weights does so for its accuracy, and reads what was
+        # there before rounding; and so does the head.
+        if layer is not None or (not node.domain and node.op_type not in WEIGHTED):
             for index, name in enumerate(copy.input):
                 copy.input[index] = dequantized.get(name, name)
         written.append(copy)
@@ -94,6 +96,23 @@ def weight_scale(layer: Layer) -> str:
     return f"{layer.weight}.scale"
 
 
+def _check(graph: Graph, placement: Placement, scales: Scales) -> None:
+    for site in placement.sites:
+        if site.group not in scales.activations:
+            raise CalibrationError(
+                f"{site.group} is to be quantized and has no scale; observe the tensors of the "
+                "same placement"
+            )
+    for layer in placement.layers:
+        expected = graph.array(layer.weight).shape[layer.axis : layer.axis + 1]
+        came = scales.weights[layer.name].shape if layer.name in scales.weights else "none"
+        if came != expected:
+            raise CalibrationError(
+                f"the scales of {layer.name} have the shape {expected}, one for each output "
+                f"channel along axis {layer.axis}, and {came} came"
+            )
+
+
 def _weight(
     graph: Graph, layer: Layer, scales: NDArray[np.float32], float_weights: bool
 ) -> list[NodeProto]:
@@ -103,9 +122,22 @@ def _weight(
     graph.put(zero, np.zeros(scales.size, np.int8))
     integers, values = f"{layer.weight}.int8", f"{layer.weight}.dequantized"
     if float_weights:
+        graph.put(layer.weight, _within(graph.floats(layer.weight), scales, layer.axis))
         return _pair(layer.weight, scale, zero, integers, values, axis=layer.axis)
     graph.put(integers, quantized(graph.floats(layer.weight), scales, axis=layer.axis))
     return [_dequantize(integers, scale, zero, values, axis=layer.axis)]
+
+
+def _within(
+    weight: NDArray[np.float32], scales: NDArray[np.float32], axis: int
+) -> NDArray[np.float32]:
+    """``weight`` with what its scales clip at the limit: a QuantizeLinear goes to -128, where the
+    stored integers end at -127."""
+    sides = [1] * weight.ndim
+    sides[axis] = -1
+    steps = scales.reshape(sides)
+    limit = np.where(np.abs(weight) > 127.5 * steps, 127 * steps, np.inf)
+    return np.clip(weight, -limit, limit).astype(np.float32)
 
 
 def _pair(

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -151,6 +152,59 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--split", default="val", metavar="NAME")
     _add_json(export)
+
+    quantize = _command(commands, "quantize", _quantize, "make an INT8 bundle of a bundle")
+    quantize.add_argument("bundle", metavar="BUNDLE")
+    quantize.add_argument(
+        "--calibration",
+        action="append",
+        required=True,
+        metavar="URI",
+        help="frames like those the model will see: a folder, a list (.txt), a video, camvid:DIR; "
+        "may be given several times",
+    )
+    quantize.add_argument("-o", "--output", required=True, metavar="BUNDLE")
+    quantize.add_argument("--name", metavar="NAME", help="what it is called; the folder's name")
+    quantize.add_argument(
+        "--data", metavar="URI", help="labelled pictures to prove the accuracy on: camvid:DIR"
+    )
+    quantize.add_argument("--split", default="val", metavar="NAME")
+    quantize.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="points of mIoU that may be lost; layers stay in floating point to keep to it",
+    )
+    quantize.add_argument("--recipe", metavar="FILE.toml", help="every choice, in one file")
+    quantize.add_argument(
+        "--ranges", metavar="METHOD", help="minmax, average, percentile, entropy or mse"
+    )
+    quantize.add_argument("--frames", type=_count, metavar="N", help="calibration frames at most")
+    quantize.add_argument(
+        "--keep-float", metavar="LAYER,...", help="layers to leave in floating point"
+    )
+    quantize.add_argument(
+        "--half", action="store_true", help="what is not INT8 becomes FP16 (for TensorRT)"
+    )
+    quantize.add_argument(
+        "--finetune",
+        type=_count,
+        metavar="STEPS",
+        help="train the integers towards the fp32 outputs, without labels (needs PyTorch)",
+    )
+    quantize.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="measure the damage of every layer for the report, also if no budget needs it",
+    )
+    quantize.add_argument(
+        "--allow-overlap",
+        action="store_true",
+        help="go on when calibration frames are also evaluation pictures, and record it",
+    )
+    quantize.add_argument("--engine", metavar="NAME", help="openvino or onnxruntime")
+    quantize.add_argument("--threads", type=_whole, default=0, metavar="N", help="0: all")
+    _add_json(quantize)
 
     train = _command(commands, "train", _train, "train a model by a recipe")
     train.add_argument("recipe", metavar="RECIPE.toml")
@@ -419,6 +473,54 @@ def _export(options: argparse.Namespace) -> int:
         made.verification.render(),
         f"saved {options.output}; try `edgeseg run {options.output} --source YOUR_VIDEO.mp4 "
         "--save segmented.mp4`",
+    ]
+    _tell(options, "\n".join(lines), made.to_dict())
+    return 0
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    _check_json(options)
+    from edgeseg.calibration.package import QuantizeRequest, Trainer, quantize_bundle
+    from edgeseg.calibration.recipe import Finetuning, QuantizationRecipe
+
+    recipe = QuantizationRecipe()
+    if options.recipe is not None:
+        recipe = QuantizationRecipe.read(options.recipe)
+    given: dict[str, Any] = {"ranges": options.ranges, "frames": options.frames}
+    if options.keep_float is not None:
+        given["floats"] = tuple(options.keep_float.split(","))
+    if options.half:
+        given["half"] = True
+    if options.finetune is not None:
+        given["finetune"] = replace(recipe.finetune or Finetuning(), steps=options.finetune)
+    recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
+    trainer: Trainer | None = None
+    if recipe.finetune is not None:
+        from edgeseg.export.finetune import train_integers
+
+        trainer = train_integers
+    made = quantize_bundle(
+        QuantizeRequest(
+            bundle=options.bundle,
+            calibration=tuple(options.calibration),
+            recipe=recipe,
+            data=options.data,
+            split=options.split,
+            max_drop=options.max_drop,
+            allow_overlap=options.allow_overlap,
+            name=options.name,
+            engine=options.engine,
+            threads=options.threads,
+            sensitivity=options.sensitivity,
+        ),
+        options.output,
+        trainer=trainer,
+        stage=progress,
+    )
+    lines = [
+        made.render(),
+        f"saved {options.output}; look at {Path(options.output) / 'report.html'}, then try "
+        f"`edgeseg profile {options.output}`",
     ]
     _tell(options, "\n".join(lines), made.to_dict())
     return 0

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -25,9 +24,10 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from edgeseg.bundle import GOLDEN_KEY, SHIPPED, SPEC_KEY, WEIGHTS_KEY, Bundle
+from edgeseg.engine.onnxruntime import recorded_golden
 from edgeseg.errors import BundleError, RequestError, WeightsError
 from edgeseg.export.models import SemanticNetwork
-from edgeseg.golden import Golden, golden_image
+from edgeseg.golden import Golden
 from edgeseg.onnxfile import HEAD
 from edgeseg.spec import ModelSpec, Preprocessing
 
@@ -39,7 +39,6 @@ DOMAIN = "edgeseg"
 # Names of everything that is no weight of the network begin with this, so that the rest of the
 # initializers is the state_dict.
 _OURS = "edgeseg."
-_GOLDEN_SEEDS = 8
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def export_network(
         producer_name="edgeseg",
     )
     folded = {"flipped": list(flipped), "sha256": source_sha256}
-    golden = _golden(model, spec)
+    golden = recorded_golden(model.SerializeToString(), spec)
     helper.set_model_props(
         model,
         {
@@ -376,25 +375,6 @@ def _vector_of(attribute: str) -> list[onnx.NodeProto]:
     return [constant, shape, reshape]
 
 
-def _golden(model: onnx.ModelProto, spec: ModelSpec) -> Golden:
-    """The golden pair: of a few pictures, the one on which the model names most classes."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    best: tuple[float, Golden] | None = None
-    for seed in range(_GOLDEN_SEEDS):
-        image = golden_image(seed, spec.height, spec.width)[None]
-        class_map = np.asarray(session.run(["class_map"], {"image": image})[0])[0]
-        shares = np.bincount(class_map.ravel()) / class_map.size
-        entropy = -float(np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
-        if best is None or entropy > best[0]:
-            best = entropy, Golden.of(seed, class_map)
-    assert best is not None
-    return best[1]
-
-
 def weights_of_bundle(source: str | os.PathLike[str]) -> dict[str, Tensor] | None:
     """The state_dict inside a bundle or ONNX file of EdgeSeg's, float32; None if there is none.
 
@@ -407,6 +387,11 @@ def weights_of_bundle(source: str | os.PathLike[str]) -> dict[str, Tensor] | Non
     except BundleError as error:
         raise WeightsError(f"no weights can be read from {source}: {error}") from error
     model = onnx.load_model_from_string(bundle.model.content)
+    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+        raise WeightsError(
+            f"{source} is quantized, and integers are no weights to train or export; "
+            "take the floating-point bundle or checkpoint that it was made from"
+        )
     folded = json.loads(bundle.model.metadata().get(WEIGHTS_KEY, "{}"))
     flipped = set(folded.get("flipped", ()))
     weights = {}

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,11 +26,7 @@ from edgeseg.export.models import create, definition
 from edgeseg.export.models.semantic import SemanticNetwork
 from edgeseg.export.preprocess import evaluate_network
 from edgeseg.export.weights import load_weights, save_checkpoint, save_weights
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from edgeseg.tomlfile import read_toml
 
 __all__ = ["Recipe", "train"]
 
@@ -107,12 +102,7 @@ class Recipe:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Recipe:
         """The recipe in a TOML file; RequestError names what is missing or unknown in it."""
-        try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RequestError(f"the recipe {path} cannot be read ({error.strerror})") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RequestError(f"the recipe {path} is not valid TOML: {error}") from error
+        values = read_toml(path)
         try:
             sources = tuple(Source(**entry) for entry in values.pop("source", []))
             for key in ("crop", "scale"):

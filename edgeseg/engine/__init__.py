@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from edgeseg.bundle import Bundle
 from edgeseg.engine.base import Engine
 from edgeseg.errors import EngineError, RequestError
-from edgeseg.golden import AGREEMENT, golden_image
+from edgeseg.golden import golden_image
 
 __all__ = ["ENGINES", "Engine", "EngineEntry", "available_engines", "open_engine"]
 
@@ -98,9 +98,9 @@ def _check(engine: Engine, bundle: Bundle) -> None:
     spec = bundle.spec
     outputs = engine.run(golden_image(bundle.golden.seed, spec.height, spec.width))
     agreement = bundle.golden.agreement(outputs.class_map)
-    if agreement < AGREEMENT:
+    if agreement < bundle.golden.promised:
         raise EngineError(
             f"{engine.description} gives other masks than those recorded at export: "
-            f"{agreement:.1%} of the golden picture agrees and {AGREEMENT:.0%} is promised; "
+            f"{agreement:.1%} of the golden picture agrees and {bundle.golden.promised:.0%} is promised; "
             "try another --engine, or update the library"
         )

@@ -13,13 +13,16 @@ from edgeseg.bundle import Bundle
 from edgeseg.engine.head import checked_input, run_head, wants_compiled_head
 from edgeseg.errors import EngineError
 from edgeseg.frame import Pixels
+from edgeseg.golden import AGREEMENT, Golden, golden_image
 from edgeseg.onnxfile import Head
 from edgeseg.result import Outputs
 from edgeseg.spec import ModelSpec
 
-__all__ = ["OnnxRuntimeEngine", "open_engine"]
+__all__ = ["OnnxRuntimeEngine", "open_engine", "recorded_golden"]
 
 _ERRORS_ONLY = 3
+# Golden pictures that are tried before one is chosen.
+_GOLDEN_SEEDS = 8
 
 
 class OnnxRuntimeEngine:
@@ -86,3 +89,26 @@ def open_engine(bundle: Bundle, *, threads: int, compiled_head: bool | None) -> 
     return OnnxRuntimeEngine(
         bundle, threads=threads, compiled_head=wants_compiled_head(compiled_head)
     )
+
+
+def recorded_golden(content: bytes, spec: ModelSpec, promised: float = AGREEMENT) -> Golden:
+    """The golden pair for a new model: of a few pictures, the one on which it names most classes.
+
+    ``content``: the ONNX file, whole; its metadata are not looked at. ``promised``: share of the
+    samples that every engine has to agree with.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    session: Any = onnxruntime.InferenceSession(
+        content, options, providers=["CPUExecutionProvider"]
+    )
+    best: tuple[float, Golden] | None = None
+    for seed in range(_GOLDEN_SEEDS):
+        image = golden_image(seed, spec.height, spec.width)[None]
+        class_map = np.asarray(session.run(["class_map"], {"image": image})[0])[0]
+        shares = np.bincount(class_map.ravel()) / class_map.size
+        entropy = -float(np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
+        if best is None or entropy > best[0]:
+            best = entropy, Golden.of(seed, class_map, promised)
+    assert best is not None
+    return best[1]

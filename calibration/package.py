@@ -1,0 +1,451 @@
+"""From a bundle and calibration frames to an INT8 bundle: calibrated, proven, with a report."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnx
+from edgeseg.calibration.report import QuantizationReport, layer_reports
+from onnx import helper
+
+from edgeseg import __version__
+from edgeseg.bundle import GOLDEN_KEY, SPEC_KEY, Bundle, new_bundle, write_manifest
+from edgeseg.calibration.calibrate import Calibrated, Pictures, Stage, calibrate, silent
+from edgeseg.calibration.frames import (
+    CalibrationFrames,
+    check_overlap,
+    open_frames,
+    overlap_error,
+)
+from edgeseg.calibration.half import Half, to_half
+from edgeseg.calibration.lint import Placement as Linted
+from edgeseg.calibration.lint import lint
+from edgeseg.calibration.recipe import Finetuning, QuantizationRecipe
+from edgeseg.calibration.sensitivity import (
+    Laboratory,
+    Search,
+    Trials,
+    damages,
+    search,
+)
+from edgeseg.dataset import Dataset, open_dataset
+from edgeseg.engine import available_engines, open_engine
+from edgeseg.engine.onnxruntime import recorded_golden
+from edgeseg.errors import CalibrationError, RequestError
+from edgeseg.evaluate import Evaluation, check_classes
+from edgeseg.frame import Pixels
+from edgeseg.golden import INT8_AGREEMENT
+
+__all__ = ["QuantizeRequest", "Quantized", "Trainer", "quantize_bundle"]
+
+# Pictures on which damage is measured, and on which INT8 and fp32 are compared.
+_JUDGED = 16
+# Pictures that are run to find what overflows fp16: its largest values are common ones.
+_HALF_FRAMES = 24
+
+
+class Trainer(Protocol):
+    """Fine-tunes a calibrated model; `edgeseg.export.finetune` has it, since it needs torch."""
+
+    def __call__(
+        self,
+        calibrated: Calibrated,
+        frames: Sequence[Pixels],
+        settings: Finetuning,
+        *,
+        floats: Sequence[str],
+        work: Path,
+        stage: Stage,
+    ) -> Calibrated: ...
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """What to quantize, with what, and how good it has to be.
+
+    ``bundle``: any that is not quantized. ``calibration``: URIs of frames (see ``open_frames``).
+    ``data`` and ``split``: labelled pictures to measure on; needed for ``max_drop``, the points of
+    mIoU (0 to 100) that may be lost. ``allow_overlap``: go on, and record it, when calibration
+    frames are also evaluation pictures. ``name``: None for that of the target. ``sensitivity``:
+    measure the damage of each layer even if the budget does not need it.
+    """
+
+    bundle: str
+    calibration: tuple[str, ...]
+    recipe: QuantizationRecipe = field(default_factory=QuantizationRecipe)
+    data: str | None = None
+    split: str = "val"
+    max_drop: float | None = None
+    allow_overlap: bool = False
+    name: str | None = None
+    engine: str | None = None
+    threads: int = 0
+    sensitivity: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.calibration:
+            raise RequestError(
+                "quantization needs frames like those the model will see; name a folder, a list "
+                "or a video with --calibration"
+            )
+        if self.max_drop is not None and self.data is None:
+            raise RequestError(
+                "a budget is proven on labelled pictures; name them with --data, as in "
+                "--data camvid:DIR, or leave --max-drop out"
+            )
+        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
+            raise RequestError(
+                f"--max-drop is in points of mIoU, 0 to 100, and {self.max_drop:g} came"
+            )
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The finished bundle. ``floats``: layers left in floating point, of ``layers``. ``agreement``:
+    share of pixels, 0 to 1, with the class of the fp32 model, on calibration frames. ``accuracy``:
+    (fp32, INT8) on the labelled data, or None. ``notes``: what the frames gave cause to say."""
+
+    path: Path
+    layers: int
+    floats: tuple[str, ...]
+    agreement: float
+    accuracy: tuple[Evaluation, Evaluation] | None
+    placement: Linted
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {
+            "bundle": str(self.path),
+            "layers": self.layers,
+            "floats": list(self.floats),
+            "agreement": self.agreement,
+            "accuracy": None
+            if self.accuracy is None
+            else {
+                name: found.to_dict()
+                for name, found in zip(("fp32", "int8"), self.accuracy, strict=True)
+            },
+            "placement": self.placement.to_dict(),
+            "notes": list(self.notes),
+        }
+
+    def render(self) -> str:
+        """Plain text for a terminal."""
+        done = self.layers - len(self.floats)
+        lines = [*self.notes, f"{done} of {self.layers} layers with weights in INT8"]
+        if self.floats:
+            lines.append(f"in floating point: {', '.join(self.floats)}")
+        lines.append(f"{self.agreement:.2%} of pixels have the class that fp32 gives them")
+        if self.accuracy is not None:
+            fp32, int8 = (found.miou * 100 for found in self.accuracy)
+            first = self.accuracy[0]
+            lines.append(
+                f"mIoU on {first.data} {first.split}, {first.frames} pictures: {int8:.2f} % "
+                f"(fp32 {fp32:.2f} %, {int8 - fp32:+.2f} points)"
+            )
+        lines.append(
+            f"TensorRT would reformat {self.placement.reformats} tensors, "
+            f"{self.placement.avoidable} of them avoidably"
+        )
+        return "\n".join(lines)
+
+
+def quantize_bundle(
+    request: QuantizeRequest,
+    target: str | Path,
+    *,
+    trainer: Trainer | None = None,
+    stage: Stage = silent,
+) -> Quantized:
+    """Writes the INT8 bundle to ``target``, whole or not at all; the original is only read.
+
+    Measurements and training are kept beside the target while it is being made, in
+    ``.NAME.quantize``, and a second call with the same request goes on from there.
+    """
+    target = Path(target)
+    bundle = Bundle.open(request.bundle)
+    model = onnx.load_model_from_string(bundle.model.content)
+    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+        raise CalibrationError(
+            f"{request.bundle} is quantized already; give the floating-point bundle it came from"
+        )
+    if target.exists() and bundle.folder is not None and target.samefile(bundle.folder):
+        raise RequestError(
+            f"{target} is the bundle that is to be quantized; give the INT8 one another name"
+        )
+    dataset = None if request.data is None else open_dataset(request.data, request.split)
+    if dataset is not None:
+        check_classes(bundle.spec.classes, dataset.classes)
+    recipe = request.recipe
+    sets = [open_frames(uri, bundle.spec, count=recipe.frames) for uri in request.calibration]
+    overlap = _overlap(request, sets, dataset)
+    work = target.resolve().parent / f".{target.name}.quantize"
+    _make(work)
+    context = _context(request, bundle, sets)
+    calibrated = _calibrated(model, bundle, sets, request, work, context, trainer, stage)
+
+    judged = _spread(Pictures(sets), _JUDGED)
+    halves: list[Half] = []
+
+    def finish(made: onnx.ModelProto) -> onnx.ModelProto:
+        if not recipe.half:
+            return made
+        halves.append(to_half(made, _spread(Pictures(sets), _HALF_FRAMES)))
+        return halves[-1].model
+
+    laboratory = Laboratory(
+        bundle,
+        calibrated,
+        judged,
+        Trials(work / "trials.json", context),
+        engine=request.engine,
+        threads=request.threads,
+        finish=finish,
+    )
+    found = _searched(request, laboratory, dataset, stage)
+    measured = found.damages
+    if not measured and request.sensitivity:
+        measured = damages(laboratory, stage=stage)
+
+    made = laboratory.model(found.floats)
+    spec = replace(bundle.spec, name=request.name or target.resolve().name)
+    golden = recorded_golden(made.SerializeToString(), spec, INT8_AGREEMENT)
+    properties = {SPEC_KEY: spec.to_json(), GOLDEN_KEY: golden.to_json()}
+    del made.metadata_props[:]
+    helper.set_model_props(made, properties)
+    onnx.checker.check_model(made, full_check=True)
+    placement = lint(made)
+    accuracy = None
+    if dataset is not None:
+        accuracy = (
+            laboratory.evaluation(laboratory.layers, dataset, stage),
+            laboratory.evaluation(found.floats, dataset, stage),
+        )
+    agreement = 1 - laboratory.disagreement(found.floats)
+    notes = tuple(note for frames in sets for note in frames.notes)
+    if overlap:
+        notes += (
+            f"{len(overlap)} calibration frames are also evaluation pictures, which flatters; "
+            "recorded, as --allow-overlap says",
+        )
+    with new_bundle(target) as folder:
+        (folder / "model.onnx").write_bytes(made.SerializeToString(deterministic=True))
+        quantized = Bundle.open(folder / "model.onnx")
+        verification = _verified(quantized, judged)
+        layers = layer_reports(calibrated, found.floats, measured, judged, halves[-1:])
+        manifest = _manifest(
+            request, bundle, sets, overlap, calibrated, found, accuracy, agreement, placement
+        )
+        QuantizationReport(
+            bundle=bundle,
+            quantized=quantized,
+            search=found,
+            layers=layers,
+            accuracy=accuracy,
+            agreement=agreement,
+            placement=placement,
+            frames=tuple(sets),
+            recipe=recipe,
+            notes=notes,
+            pictures=tuple(judged),
+            dataset=dataset,
+        ).write(folder / "report.html")
+        write_manifest(
+            folder,
+            {"name": spec.name, "edgeseg": __version__, "verification": verification, **manifest},
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    return Quantized(
+        target, len(laboratory.layers), found.floats, agreement, accuracy, placement, notes
+    )
+
+
+def _searched(
+    request: QuantizeRequest, laboratory: Laboratory, dataset: Dataset | None, stage: Stage
+) -> Search:
+    fixed = request.recipe.floats
+    if dataset is None or request.max_drop is None:
+        return Search(tuple(fixed), float("nan"), float("nan"), (), ())
+    return search(laboratory, dataset, request.max_drop, fixed=fixed, stage=stage)
+
+
+def _calibrated(
+    model: onnx.ModelProto,
+    bundle: Bundle,
+    sets: Sequence[CalibrationFrames],
+    request: QuantizeRequest,
+    work: Path,
+    context: str,
+    trainer: Trainer | None,
+    stage: Stage,
+) -> Calibrated:
+    recipe = request.recipe
+    calibrated = Calibrated.load(work / "calibrated", context)
+    if calibrated is None:
+        calibrated = calibrate(model, Pictures(sets), recipe, stage=stage)
+        calibrated.save(work / "calibrated", context)
+    if recipe.finetune is None:
+        return calibrated
+    if trainer is None:
+        raise RequestError(
+            "the recipe asks for fine-tuning, which needs PyTorch; "
+            "pip install 'edgeseg[export]' adds it, or leave [finetune] out"
+        )
+    trained = Calibrated.load(work / "trained", context)
+    if trained is None:
+        more = [
+            open_frames(uri, bundle.spec, count=recipe.finetune.frames)
+            for uri in request.calibration
+        ]
+        trained = trainer(
+            calibrated,
+            list(Pictures(more)),
+            recipe.finetune,
+            floats=recipe.floats,
+            work=work,
+            stage=stage,
+        )
+        trained.save(work / "trained", context)
+    return trained
+
+
+def _make(work: Path) -> None:
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CalibrationError(f"{work} cannot be written ({error.strerror})") from error
+
+
+def _overlap(
+    request: QuantizeRequest, sets: Sequence[CalibrationFrames], dataset: Dataset | None
+) -> tuple[str, ...]:
+    if dataset is None:
+        return ()
+    names = tuple(name for frames in sets for name in check_overlap(frames, dataset))
+    if names and not request.allow_overlap:
+        raise overlap_error(names, dataset)
+    return names
+
+
+def _context(request: QuantizeRequest, bundle: Bundle, sets: Sequence[CalibrationFrames]) -> str:
+    """What the measurements of a run hold for, as a hash."""
+    said = {
+        "model": hashlib.sha256(bundle.model.content).hexdigest(),
+        "frames": [frames.digest() for frames in sets],
+        "recipe": request.recipe.to_dict(),
+        "data": [request.data, request.split],
+        "engine": [request.engine or available_engines()[0], request.threads],
+        "tools": tools(),
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _spread(pictures: Pictures, count: int) -> list[Pixels]:
+    """At most ``count`` of ``pictures``, evenly spread."""
+    total = len(pictures)
+    wanted = {index * total // min(count, total) for index in range(min(count, total))}
+    return [pixels for index, pixels in enumerate(pictures) if index in wanted]
+
+
+def _verified(quantized: Bundle, pictures: Sequence[Pixels]) -> dict[str, object]:
+    """Share of pixels on which every engine that is here agrees with the first."""
+    maps = {}
+    for name in available_engines():
+        engine = open_engine(quantized, name)
+        maps[name] = [engine.run(pixels).class_map for pixels in pictures]
+        engine.close()
+    first = next(iter(maps))
+    return {
+        "data": "calibration frames",
+        "images": len(pictures),
+        "compared_with": first,
+        "agreement": {
+            name: float(np.mean([np.mean(a == b) for a, b in zip(found, maps[first], strict=True)]))
+            for name, found in maps.items()
+        },
+    }
+
+
+def _manifest(
+    request: QuantizeRequest,
+    bundle: Bundle,
+    sets: Sequence[CalibrationFrames],
+    overlap: Sequence[str],
+    calibrated: Calibrated,
+    found: Search,
+    accuracy: tuple[Evaluation, Evaluation] | None,
+    agreement: float,
+    placement: Linted,
+) -> dict[str, object]:
+    chosen = calibrated.placement(found.floats)
+    scales = calibrated.scales(chosen)
+    before = bundle.manifest.get("provenance", {})
+    steps = list(bundle.manifest.get("accuracy", []))
+    if accuracy is not None:
+        steps += [
+            {"step": step, **entry.to_dict()}
+            for step, entry in zip(("fp32", "int8"), accuracy, strict=True)
+        ]
+    return {
+        "provenance": {
+            **before,
+            "quantized_from": {
+                "name": bundle.name,
+                "sha256": hashlib.sha256(bundle.model.content).hexdigest(),
+            },
+            "tools": {**before.get("tools", {}), **tools()},
+        },
+        "accuracy": steps,
+        "quantization": {
+            "recipe": request.recipe.to_dict(),
+            "max_drop": request.max_drop,
+            "layers": len(calibrated.graph.layers()),
+            "floats": list(found.floats),
+            "agreement": agreement,
+            "placement": placement.to_dict(),
+            "calibration": [
+                {
+                    "source": frames.title,
+                    "frames": len(frames),
+                    "digest": frames.digest(),
+                    "sha256": dict(frames.hashes),
+                    "skipped": list(frames.skipped),
+                }
+                for frames in sets
+            ],
+            "overlap": list(overlap),
+            "scales": {
+                "activations": {
+                    tensor: scales.activations[group]
+                    for group, tensors in chosen.groups().items()
+                    for tensor in tensors
+                },
+                # float32, little endian, hexadecimal: exact, and a line a layer
+                "weights": {
+                    name: values.astype("<f4").tobytes().hex()
+                    for name, values in scales.weights.items()
+                },
+            },
+        },
+    }
+
+
+def tools() -> Mapping[str, str]:
+    """Versions of what makes the file."""
+    found = {"python": platform.python_version(), "edgeseg": __version__}
+    for name in ("numpy", "onnx", "onnxruntime", "openvino", "opencv-python"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
