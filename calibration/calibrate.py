@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,7 +23,7 @@ from edgeseg.calibration.placement import Placement, place
 from edgeseg.calibration.quantize import Scales, quantize
 from edgeseg.calibration.ranges import Histogram, scale, threshold, weight_scales
 from edgeseg.calibration.recipe import QuantizationRecipe
-from edgeseg.errors import CalibrationError
+from edgeseg.errors import CalibrationError, RequestError
 from edgeseg.frame import Pixels
 
 __all__ = ["Calibrated", "Pictures", "Stage", "calibrate", "silent"]
@@ -94,16 +96,25 @@ class Calibrated:
         shutil.rmtree(folder, ignore_errors=True)
         try:
             beside.mkdir()
-            (beside / "graph.onnx").write_bytes(self.graph.model.SerializeToString())
             arrays: dict[str, NDArray[np.generic]] = {
                 f"weights {name}": values for name, values in self.weight_scales.items()
             }
             for name, seen in self.observations.items():
                 arrays[f"peak {name}"] = seen.channel_peak
                 arrays[f"sum {name}"] = seen.channel_sum
-            np.savez(beside / "arrays.npz", **arrays)  # type: ignore[arg-type]
+            packed = io.BytesIO()
+            np.savez(packed, **arrays)  # type: ignore[arg-type]
+            files = {
+                "graph.onnx": self.graph.model.SerializeToString(),
+                "arrays.npz": packed.getvalue(),
+            }
+            for name, written in files.items():
+                (beside / name).write_bytes(written)
             content = {
                 "context": context,
+                "files": {
+                    name: hashlib.sha256(written).hexdigest() for name, written in files.items()
+                },
                 "thresholds": dict(self.thresholds),
                 "histograms": {
                     name: seen.histogram.to_dict() for name, seen in self.observations.items()
@@ -122,8 +133,13 @@ class Calibrated:
             content = json.loads((folder / "calibrated.json").read_text(encoding="utf-8"))
             if content["context"] != context:
                 return None
-            graph = Graph(onnx.load_model(folder / "graph.onnx"))
-            with np.load(folder / "arrays.npz") as arrays:
+            thresholds = {str(k): float(v) for k, v in content["thresholds"].items()}
+            files = {name: (folder / name).read_bytes() for name in content["files"]}
+            for name, wanted in content["files"].items():
+                if hashlib.sha256(files[name]).hexdigest() != wanted:
+                    return None
+            graph = Graph(onnx.load_model_from_string(files["graph.onnx"]))
+            with np.load(io.BytesIO(files["arrays.npz"])) as arrays:
                 observations = {
                     name: Observation(
                         Histogram.from_dict(histogram),
@@ -138,10 +154,10 @@ class Calibrated:
                     for key in arrays
                     if key.startswith("weights ")
                 }
-        except (OSError, ValueError, KeyError, TypeError, CalibrationError):
-            # Not there, or from a run that was cut off while writing: measured again.
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, CalibrationError):
+            # Not there, or damaged, as by a machine that went off while writing: measured again.
             return None
-        return cls(graph, content["thresholds"], weights, observations)
+        return cls(graph, thresholds, weights, observations)
 
 
 @contextmanager
@@ -155,9 +171,11 @@ def calibrate(
 ) -> Calibrated:
     """Folds, observes, equalizes, observes again and chooses ranges, as ``recipe`` says.
 
-    ``model``: what `edgeseg export` wrote. CalibrationError when it cannot be quantized.
+    ``model``: what `edgeseg export` wrote. CalibrationError when it cannot be quantized;
+    RequestError when the recipe leaves layers in floating point that are not there, or all.
     """
     graph = prepared(model)
+    _check_floats(graph, recipe)
     # Leaving layers out only ever takes sites away, so these are all that can be asked for later.
     placement = place(graph)
     tensors = [site.tensor for site in placement.sites]
@@ -181,3 +199,18 @@ def calibrate(
         },
         seen,
     )
+
+
+def _check_floats(graph: Graph, recipe: QuantizationRecipe) -> None:
+    layers = [layer.name for layer in graph.layers()]
+    unknown = [name for name in recipe.floats if name not in layers]
+    if unknown:
+        raise RequestError(
+            f"there is no layer {unknown[0]!r} to leave in floating point; the layers are "
+            f"{', '.join(layers)}"
+        )
+    if set(recipe.floats) == set(layers):
+        raise RequestError(
+            f"all {len(layers)} layers are to stay in floating point, and nothing is left to "
+            "quantize; name fewer"
+        )

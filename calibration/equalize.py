@@ -10,29 +10,38 @@ for any graph of channels: residual sums and concatenations tie channels of seve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from edgeseg.calibration.graph import Graph, Layer, input_factors, output_factors
+from edgeseg.calibration.graph import (
+    Graph,
+    Layer,
+    attribute,
+    input_channels,
+    input_factors,
+    is_standard,
+    output_channels,
+    output_factors,
+)
 
 __all__ = ["equalize"]
 
-# Operators that commute with a positive factor per channel.
-_HOMOGENEOUS = frozenset(
-    {
-        "Relu",
-        "LeakyRelu",
-        "PRelu",
-        "MaxPool",
-        "AveragePool",
-        "GlobalAveragePool",
-        "ReduceMean",
-        "Resize",
-        "Identity",
-    }
+# One input, and operators that commute with a positive factor per channel of it; ReduceMean and
+# Resize do so where they leave the channels alone.
+_HOMOGENEOUS = (
+    "Relu",
+    "LeakyRelu",
+    "PRelu",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "GlobalMaxPool",
+    "ReduceMean",
+    "Resize",
+    "Identity",
 )
 # Factors stay within this of 1: beyond it float32 weights would lose what int8 gains.
 _LIMIT = 1e3
@@ -48,8 +57,7 @@ def equalize(
     behind them; 0 the weights.
     """
     made = Graph(graph.model)
-    ties = _Ties(made, peaks)
-    factors = ties.factors(balance)
+    factors = _factors(made, peaks, balance)
     for layer in made.layers():
         weight = made.array(layer.weight).astype(np.float64)
         if layer.input in factors:
@@ -63,207 +71,201 @@ def equalize(
     return made, {name: factors[name] for name in peaks if name in factors}
 
 
-class _Ties:
-    """Which channels of which tensors have to be scaled together."""
-
-    def __init__(self, graph: Graph, peaks: Mapping[str, NDArray[np.float64]]) -> None:
-        self._graph = graph
-        self._peaks = peaks
-        self._layers = graph.layers()
-        self._first: dict[str, int] = {}
-        self._channels: dict[str, int] = {}
-        self._parent: list[int] = []
-        self._fixed: set[int] = set()
-        for layer in self._layers:
-            self._enter(layer.output, _outputs(graph, layer))
-            self._enter(layer.input, _inputs(graph, layer))
-        self._tie()
-
-    def factors(self, balance: float) -> dict[str, NDArray[np.float64]]:
-        """Tensor -> factor of each channel, for tensors with a factor other than 1."""
-        roots = {
-            name: np.array([self._root(self._first[name] + c) for c in range(count)])
-            for name, count in self._channels.items()
-        }
-        size = len(self._parent)
-        peak = np.zeros(size)
-        for name, values in self._peaks.items():
-            if name in roots and values.size == self._channels[name]:
-                np.maximum.at(peak, roots[name], values)
-        column = np.zeros(size)
-        depthwise = np.ones(size, dtype=bool)
-        for layer in self._layers:
-            reach, free = self._reach(layer)
-            np.maximum.at(column, roots[layer.input], reach)
-            if not free:
-                depthwise[roots[layer.input]] = False
-        made = np.ones(size)
-        movable = (peak > 0) & (column > 0)
-        movable[list({self._root(index) for index in self._fixed})] = False
-        share = np.where(depthwise, 1.0, balance)
-        made[movable] = (peak**share / np.maximum(column, 1e-30) ** (1 - share))[movable]
-        found = {}
-        for name, indices in roots.items():
-            values = made[indices]
-            free = movable[indices]
-            if not free.any():
-                continue
-            found[name] = values
-        return self._normalised(found, roots, movable)
-
-    def _normalised(
-        self,
-        found: dict[str, NDArray[np.float64]],
-        roots: dict[str, NDArray[np.int64]],
-        movable: NDArray[np.bool_],
-    ) -> dict[str, NDArray[np.float64]]:
-        """Brings the widest channel of each tied set of tensors to factor 1, and limits the rest.
-
-        Fixed channels have factor 1, so where a tensor has some, the others are made to reach the
-        same peak instead.
-        """
-        scale = np.ones(len(self._parent))
-        for names in self._components(roots):
-            level = 0.0
-            for name in names:
-                if name in self._peaks and name in found:
-                    values = self._peaks[name] / found[name]
-                    fixed = ~movable[roots[name]]
-                    wanted = (
-                        self._peaks[name][fixed].max() if fixed.any() else self._peaks[name].max()
-                    )
-                    if wanted > 0 and values[~fixed].size:
-                        level = max(level, float(values[~fixed].max() / wanted))
-            for name in names:
-                scale[roots[name]] = level or 1.0
-        return {
-            name: np.clip(
-                np.where(movable[roots[name]], values * scale[roots[name]], 1.0), 1 / _LIMIT, _LIMIT
-            )
-            for name, values in found.items()
-        }
-
-    def _components(self, roots: dict[str, NDArray[np.int64]]) -> Iterable[list[str]]:
-        """Tensors that share a channel, directly or over others."""
-        owner: dict[int, int] = {}
-        parent = list(range(len(roots)))
-
-        def find(index: int) -> int:
-            while parent[index] != index:
-                index = parent[index]
-            return index
-
-        names = list(roots)
-        for index, name in enumerate(names):
-            for root in set(roots[name].tolist()):
-                if root in owner:
-                    parent[find(index)] = find(owner[root])
-                else:
-                    owner[root] = index
-        together: dict[int, list[str]] = {}
-        for index, name in enumerate(names):
-            together.setdefault(find(index), []).append(name)
-        return together.values()
-
-    def _reach(self, layer: Layer) -> tuple[NDArray[np.float64], bool]:
-        """Largest relative weight on each input channel, and whether scaling them costs nothing.
-
-        Relative to the largest weight of the same output channel, since that sets the scale.
-        """
-        weight = np.abs(self._graph.array(layer.weight).astype(np.float64))
-        ones = np.ones(weight.shape)
-        axes = tuple(axis for axis in range(weight.ndim) if axis != layer.axis)
-        ones = weight / np.maximum(weight.max(axis=axes, keepdims=True), 1e-30)
-        count = _inputs(self._graph, layer)
-        if layer.kind == "Conv":
-            rows = ones.reshape(ones.shape[0], ones.shape[1], -1).max(axis=2)
-            per_group = rows.reshape(layer.group, -1, rows.shape[1]).max(axis=1)
-            return per_group.reshape(count), weight.shape[1] == 1
-        if layer.kind == "ConvTranspose":
-            return ones.reshape(count, -1).max(axis=1), False
-        side = ones.ndim - 2 if layer.axis == ones.ndim - 1 else 1
-        others = tuple(axis for axis in range(ones.ndim) if axis != side)
-        return ones.max(axis=others), False
-
-    def _enter(self, tensor: str, channels: int) -> None:
-        if tensor in self._first:
-            return
-        self._first[tensor] = len(self._parent)
-        self._channels[tensor] = channels
-        self._parent.extend(range(len(self._parent), len(self._parent) + channels))
-
-    def _tie(self) -> None:
-        read = {(layer.node, layer.input) for layer in self._layers}
-        made = {layer.node for layer in self._layers}
-        inputs = {entry.name for entry in self._graph.model.graph.input}
-        for node in self._graph.nodes:
-            self._tie_node(node, read, made)
-        for name in list(self._first):
-            if name in inputs or self._graph.is_output(name):
-                self._fix(name)
-
-    def _tie_node(self, node: NodeProto, read: set[tuple[str, str]], made: set[str]) -> None:
-        if node.name in made:
-            for name in node.input:
-                if (node.name, name) not in read:
-                    self._fix(name)
-            return
-        source, target = node.input[0] if node.input else "", node.output[0]
-        if node.op_type in _HOMOGENEOUS and source in self._first:
-            self._enter(target, self._channels[source])
-            self._join(source, target, 0)
-            for name in node.input[1:]:
-                self._fix(name)
-        elif node.op_type == "Add" and self._same_channels(node):
-            self._enter(target, self._channels[source])
-            for name in node.input:
-                self._join(name, target, 0)
-        elif node.op_type == "Concat" and all(name in self._first for name in node.input):
-            self._enter(target, sum(self._channels[name] for name in node.input))
-            offset = 0
-            for name in node.input:
-                self._join(name, target, offset)
-                offset += self._channels[name]
-        else:
-            for name in (*node.input, *node.output):
-                self._fix(name)
-            for name in node.output:
-                # Known from here on, and not to be touched.
-                if name not in self._first and source in self._first:
-                    self._enter(name, self._channels[source])
-                    self._fix(name)
-
-    def _same_channels(self, node: NodeProto) -> bool:
-        counts = {self._channels.get(name, -1) for name in node.input}
-        return len(counts) == 1 and -1 not in counts
-
-    def _join(self, source: str, target: str, offset: int) -> None:
-        for channel in range(self._channels[source]):
-            one = self._root(self._first[source] + channel)
-            other = self._root(self._first[target] + offset + channel)
-            self._parent[one] = other
-
-    def _fix(self, tensor: str) -> None:
-        if tensor in self._first:
-            first = self._first[tensor]
-            self._fixed.update(range(first, first + self._channels[tensor]))
-
-    def _root(self, index: int) -> int:
-        while self._parent[index] != index:
-            self._parent[index] = self._parent[self._parent[index]]
-            index = self._parent[index]
-        return index
+def _factors(
+    graph: Graph, peaks: Mapping[str, NDArray[np.float64]], balance: float
+) -> dict[str, NDArray[np.float64]]:
+    """Tensor -> what to divide each of its channels by, for tensors that are to change."""
+    ties = _Ties(graph)
+    seen = {
+        name: values
+        for name, values in peaks.items()
+        if name in ties.tensors and values.size == len(ties.channels(name))
+    }
+    # Of each set of tied channels: the widest activation, the largest weight that reads them, and
+    # whether all such weights have a scale of their own, which takes any factor in at no cost.
+    peak, reach = np.zeros(ties.size), np.zeros(ties.size)
+    free = np.ones(ties.size, dtype=bool)
+    for name, values in seen.items():
+        np.maximum.at(peak, ties.channels(name), values)
+    for layer in ties.layers:
+        weight = np.abs(graph.array(layer.weight).astype(np.float64))
+        channels = ties.channels(layer.input)
+        np.maximum.at(reach, channels, _reach(layer, weight))
+        free[channels] &= layer.kind == "Conv" and weight.shape[1] == 1
+    movable = (peak > 0) & (reach > 0) & ~ties.fixed()
+    share = np.where(free, 1.0, balance)[movable]
+    factor = np.ones(ties.size)
+    factor[movable] = peak[movable] ** share / reach[movable] ** (1 - share)
+    factor *= _levels(ties, seen, factor, movable)
+    factor = np.where(movable, factor.clip(1 / _LIMIT, _LIMIT), 1.0)
+    return {
+        name: factor[ties.channels(name)]
+        for name in ties.tensors
+        if movable[ties.channels(name)].any()
+    }
 
 
-def _outputs(graph: Graph, layer: Layer) -> int:
-    shape = graph.array(layer.weight).shape
-    return int(shape[layer.axis] * (layer.group if layer.kind == "ConvTranspose" else 1))
-
-
-def _inputs(graph: Graph, layer: Layer) -> int:
-    shape = graph.array(layer.weight).shape
+def _reach(layer: Layer, weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The largest of the weights on each input channel, (channels,), each relative to the largest
+    of its output channel, since that sets the scale."""
+    axes = tuple(axis for axis in range(weight.ndim) if axis != layer.axis)
+    largest = weight.max(axis=axes, keepdims=True)
+    relative = weight / np.where(largest > 0, largest, 1)
     if layer.kind == "Conv":
-        return int(shape[1] * layer.group)
-    if layer.kind == "ConvTranspose":
-        return int(shape[0])
-    return int(shape[len(shape) - 2] if layer.axis == len(shape) - 1 else shape[1])
+        # (out, in / group, ...) -> (group, out / group, in / group, positions)
+        groups = relative.reshape(layer.group, weight.shape[0] // layer.group, weight.shape[1], -1)
+        per_input: NDArray[np.float64] = groups.max(axis=(1, 3)).ravel()
+        return per_input
+    rows = np.moveaxis(relative, 1 - layer.axis, 0)
+    per_row: NDArray[np.float64] = rows.reshape(rows.shape[0], -1).max(axis=1)
+    return per_row
+
+
+def _levels(
+    ties: _Ties,
+    peaks: Mapping[str, NDArray[np.float64]],
+    factor: NDArray[np.float64],
+    movable: NDArray[np.bool_],
+) -> NDArray[np.float64]:
+    """What to multiply the factors by, per channel, one number for all tensors tied together: the
+    widest channel then keeps its peak, or comes to that of the widest one that cannot move."""
+    found: dict[int, float] = {}
+    for name, values in peaks.items():
+        moves = movable[ties.channels(name)]
+        if moves.any() and values.max() > 0:
+            still = values[~moves].max(initial=0.0)
+            evened = (values / factor[ties.channels(name)])[moves].max()
+            group = ties.group(name)
+            found[group] = max(found.get(group, 0.0), evened / (still or values.max()))
+    level = np.ones(ties.size)
+    for name in ties.tensors:
+        level[ties.channels(name)] = found.get(ties.group(name), 0.0) or 1.0
+    return level
+
+
+class _Ties:
+    """Which channels (axis 1) of a graph's tensors have to be scaled together: in each set of them
+    one stands for all.
+
+    ``tensors``: those with channels. ``layers``: those whose channels are known. ``size``: how many
+    numbers there are for channels.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._shapes = {
+            name: shape for name, shape in graph.shapes().items() if len(shape) > 1 and shape[1]
+        }
+        self.tensors = tuple(self._shapes)
+        self.layers = [layer for layer in graph.layers() if self._fits(layer)]
+        self._numbers: dict[str, slice] = {}
+        self.size = 0
+        for name, shape in self._shapes.items():
+            self._numbers[name] = slice(self.size, self.size + shape[1])
+            self.size += shape[1]
+        self._index = {name: index for index, name in enumerate(self.tensors)}
+        channels, groups = _Sets(self.size), _Sets(len(self.tensors))
+        self._minded = {end.name for end in (*graph.model.graph.input, *graph.model.graph.output)}
+        layers = {layer.node for layer in self.layers}
+        for node in graph.nodes:
+            joints = self._joints(node)
+            for source, target, offset in joints:
+                groups.join(self._index[source], self._index[target])
+                first = self._numbers[target].start + offset
+                for number in range(self._shapes[source][1]):
+                    channels.join(self._numbers[source].start + number, first + number)
+            if node.name not in layers:
+                tied = {name for joint in joints for name in joint[:2]}
+                self._minded.update({*node.input, *node.output} - tied)
+        self._roots, self._groups = channels.roots(), groups.roots()
+
+    def channels(self, tensor: str) -> NDArray[np.int64]:
+        """What stands for each channel of ``tensor``, (channels,) numbers below ``size``."""
+        return self._roots[self._numbers[tensor]]
+
+    def group(self, tensor: str) -> int:
+        """One number for all tensors that share a channel, directly or over others."""
+        return int(self._groups[self._index[tensor]])
+
+    def fixed(self) -> NDArray[np.bool_]:
+        """Which channels cannot be scaled, (size,): they meet an operator that minds, or are an
+        input or output of the graph."""
+        fixed = np.zeros(self.size, dtype=bool)
+        for name in self._minded & self._numbers.keys():
+            fixed[self.channels(name)] = True
+        return fixed
+
+    def _fits(self, layer: Layer) -> bool:
+        shape = self._graph.array(layer.weight).shape
+        return all(
+            self._shapes.get(name, (0, 0))[1] == channels
+            for name, channels in (
+                (layer.input, input_channels(layer, shape)),
+                (layer.output, output_channels(layer, shape)),
+            )
+        )
+
+    def _joints(self, node: NodeProto) -> list[tuple[str, str, int]]:
+        """Tensors of ``node`` that have the same channels: (input, output, channel of the output
+        that is the first of the input). None for an operator that minds a factor."""
+        target = node.output[0]
+        shapes = [self._shapes.get(name) for name in (*node.input, target)]
+        first, last = shapes[0], shapes[-1]
+        if first is None or last is None:
+            return []
+        if is_standard(node, *_HOMOGENEOUS):
+            same = first[1] == last[1] and self._leaves_channels(node, len(first))
+            return [(node.input[0], target, 0)] if same else []
+        if is_standard(node, "Add"):
+            same = all(shape and (len(shape), shape[1]) == (len(last), last[1]) for shape in shapes)
+            return [(name, target, 0) for name in node.input] if same else []
+        joints = []
+        if is_standard(node, "Concat") and None not in shapes:
+            axis = attribute(node, "axis", 0) % len(first)
+            offset = 0
+            for name in node.input if axis else ():
+                joints.append((name, target, offset))
+                offset += self._shapes[name][1] if axis == 1 else 0
+        return joints
+
+    def _leaves_channels(self, node: NodeProto, rank: int) -> bool:
+        """Whether a ReduceMean or Resize works along spatial axes only; others always do."""
+        if node.op_type not in ("ReduceMean", "Resize"):
+            return True
+        words = {entry.name: entry for entry in node.attribute}
+        axes = list(words["axes"].ints) if "axes" in words else []
+        if node.op_type == "ReduceMean":
+            if len(node.input) > 1 and self._graph.is_constant(node.input[1]):
+                axes = self._graph.array(node.input[1]).tolist()
+            return bool(axes) and all(axis % rank > 1 for axis in axes)
+        mode = words.get("coordinate_transformation_mode")
+        if mode is not None and mode.s == b"tf_crop_and_resize":
+            # What lies outside of the picture is a constant, whatever the factor.
+            return False
+        if axes or len(node.input) < 3 or not node.input[2]:
+            # By sizes: the number of channels is the same, so they are not resized.
+            return all(axis % rank > 1 for axis in axes)
+        return self._graph.is_constant(node.input[2]) and bool(
+            (self._graph.array(node.input[2])[:2] == 1).all()
+        )
+
+
+class _Sets:
+    """Disjoint sets of the numbers below ``size``; at first each has one."""
+
+    def __init__(self, size: int) -> None:
+        self._parent = list(range(size))
+
+    def join(self, one: int, other: int) -> None:
+        """Makes one set of theirs."""
+        self._parent[self._root(one)] = self._root(other)
+
+    def roots(self) -> NDArray[np.int64]:
+        """Number -> the one that stands for its set, (size,)."""
+        return np.array([self._root(number) for number in range(len(self._parent))], np.int64)
+
+    def _root(self, number: int) -> int:
+        while self._parent[number] != number:
+            self._parent[number] = self._parent[self._parent[number]]
+            number = self._parent[number]
+        return number

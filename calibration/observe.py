@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from edgeseg.calibration.graph import Graph
 from edgeseg.calibration.ranges import Histogram
 from edgeseg.errors import CalibrationError
 from edgeseg.frame import Pixels
@@ -126,7 +128,8 @@ def _cut(graph: onnx.GraphProto, wanted: set[str]) -> None:
     kept = []
     for node in reversed(graph.node):
         if needed.intersection(node.output):
-            needed.update(node.input)
+            # An empty name is an optional input left out.
+            needed.update(filter(None, node.input))
             kept.append(node)
     del graph.node[:]
     graph.node.extend(reversed(kept))
@@ -137,15 +140,11 @@ def _cut(graph: onnx.GraphProto, wanted: set[str]) -> None:
 
 def _passes(model: onnx.ModelProto, tensors: Sequence[str]) -> list[list[str]]:
     """``tensors`` in portions that stay below the limit of bytes."""
-    inferred = onnx.shape_inference.infer_shapes(model)
-    sizes = {}
-    for value in (*inferred.graph.value_info, *inferred.graph.output, *inferred.graph.input):
-        sides = [side.dim_value for side in value.type.tensor_type.shape.dim]
-        sizes[value.name] = 4 * int(np.prod([max(side, 1) for side in sides]))
+    shapes = Graph(model).shapes()
     portions: list[list[str]] = []
     room = 0
     for name in tensors:
-        size = sizes.get(name, 0)
+        size = 4 * math.prod(max(side, 1) for side in shapes.get(name, ()))
         if not portions or size > room:
             portions.append([])
             room = _BYTES_A_PASS

@@ -8,13 +8,13 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import onnx
-from edgeseg.calibration.report import QuantizationReport, layer_reports
 from onnx import helper
 
 from edgeseg import __version__
@@ -26,10 +26,12 @@ from edgeseg.calibration.frames import (
     open_frames,
     overlap_error,
 )
+from edgeseg.calibration.graph import WEIGHTED, Graph, is_standard
 from edgeseg.calibration.half import Half, to_half
 from edgeseg.calibration.lint import Placement as Linted
 from edgeseg.calibration.lint import lint
 from edgeseg.calibration.recipe import Finetuning, QuantizationRecipe
+from edgeseg.calibration.report import QuantizationReport, layer_reports
 from edgeseg.calibration.sensitivity import (
     Laboratory,
     Search,
@@ -165,43 +167,58 @@ def quantize_bundle(
     target: str | Path,
     *,
     trainer: Trainer | None = None,
+    shown: Dataset | None = None,
     stage: Stage = silent,
 ) -> Quantized:
     """Writes the INT8 bundle to ``target``, whole or not at all; the original is only read.
 
+    ``shown``: pictures for the report, for whoever may not pass on those of ``data`` and of the
+    calibration; it shows these by default.
+
     Measurements and training are kept beside the target while it is being made, in
-    ``.NAME.quantize``, and a second call with the same request goes on from there.
+    ``.NAME.quantize``, and a second call with the same request goes on from there. The same request
+    gives the same bytes, as long as no budget makes the clock decide which layers stay in floating
+    point; those it chose are in ``bundle.json`` and can be asked for with the recipe's ``floats``.
+
+    RequestError and CalibrationError come before any long work where that can be; see
+    `open_frames`, `calibrate` and `search` for theirs.
     """
     target = Path(target)
     bundle = Bundle.open(request.bundle)
-    model = onnx.load_model_from_string(bundle.model.content)
-    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
-        raise CalibrationError(
-            f"{request.bundle} is quantized already; give the floating-point bundle it came from"
-        )
-    if target.exists() and bundle.folder is not None and target.samefile(bundle.folder):
+    model = _checked_model(request, bundle)
+    _check_target(target, bundle)
+    recipe = request.recipe
+    if recipe.finetune is not None and trainer is None:
         raise RequestError(
-            f"{target} is the bundle that is to be quantized; give the INT8 one another name"
+            "the recipe asks for fine-tuning, which needs PyTorch; "
+            "pip install 'edgeseg[export]' adds it, or leave [finetune] out"
         )
+    # An engine that is not here, or a bundle that it cannot run, is found now.
+    open_engine(bundle, request.engine, threads=request.threads).close()
     dataset = None if request.data is None else open_dataset(request.data, request.split)
     if dataset is not None:
         check_classes(bundle.spec.classes, dataset.classes)
-    recipe = request.recipe
     sets = [open_frames(uri, bundle.spec, count=recipe.frames) for uri in request.calibration]
-    overlap = _overlap(request, sets, dataset)
-    work = target.resolve().parent / f".{target.name}.quantize"
+    more: list[CalibrationFrames] = []
+    if recipe.finetune is not None:
+        count = recipe.finetune.frames
+        more = [open_frames(uri, bundle.spec, count=count) for uri in request.calibration]
+    overlap = _overlap(request, [*sets, *more], dataset)
+    work = target.resolve().parent / f".{target.resolve().name}.quantize"
     _make(work)
-    context = _context(request, bundle, sets)
-    calibrated = _calibrated(model, bundle, sets, request, work, context, trainer, stage)
+    context = _context(request, bundle, [*sets, *more], dataset)
+    calibrated = _calibrated(model, sets, more, recipe, work, context, trainer, stage)
 
     judged = _spread(Pictures(sets), _JUDGED)
+    varied = _spread(Pictures(sets), _HALF_FRAMES) if recipe.half else []
+    # The graph that was made last: in the end, the one that is written.
     halves: list[Half] = []
 
     def finish(made: onnx.ModelProto) -> onnx.ModelProto:
         if not recipe.half:
             return made
-        halves.append(to_half(made, _spread(Pictures(sets), _HALF_FRAMES)))
-        return halves[-1].model
+        halves[:] = [to_half(made, varied)]
+        return halves[0].model
 
     laboratory = Laboratory(
         bundle,
@@ -217,6 +234,13 @@ def quantize_bundle(
     if not measured and request.sensitivity:
         measured = damages(laboratory, stage=stage)
 
+    accuracy = None
+    if dataset is not None:
+        accuracy = (
+            laboratory.evaluation(laboratory.layers, dataset, stage),
+            laboratory.evaluation(found.floats, dataset, stage),
+        )
+    agreement = 1 - laboratory.disagreement(found.floats)
     made = laboratory.model(found.floats)
     spec = replace(bundle.spec, name=request.name or target.resolve().name)
     golden = recorded_golden(made.SerializeToString(), spec, INT8_AGREEMENT)
@@ -225,26 +249,22 @@ def quantize_bundle(
     helper.set_model_props(made, properties)
     onnx.checker.check_model(made, full_check=True)
     placement = lint(made)
-    accuracy = None
-    if dataset is not None:
-        accuracy = (
-            laboratory.evaluation(laboratory.layers, dataset, stage),
-            laboratory.evaluation(found.floats, dataset, stage),
-        )
-    agreement = 1 - laboratory.disagreement(found.floats)
     notes = tuple(note for frames in sets for note in frames.notes)
+    notes += _left_out(calibrated.graph)
     if overlap:
+        are = "frame is also an" if len(overlap) == 1 else "frames are also"
+        pictures = "picture" if len(overlap) == 1 else "pictures"
         notes += (
-            f"{len(overlap)} calibration frames are also evaluation pictures, which flatters; "
+            f"{len(overlap)} calibration {are} evaluation {pictures}, which flatters; "
             "recorded, as --allow-overlap says",
         )
     with new_bundle(target) as folder:
         (folder / "model.onnx").write_bytes(made.SerializeToString(deterministic=True))
         quantized = Bundle.open(folder / "model.onnx")
         verification = _verified(quantized, judged)
-        layers = layer_reports(calibrated, found.floats, measured, judged, halves[-1:])
+        layers = layer_reports(calibrated, found.floats, measured, halves, fixed=recipe.floats)
         manifest = _manifest(
-            request, bundle, sets, overlap, calibrated, found, accuracy, agreement, placement
+            request, bundle, sets, more, overlap, calibrated, found, accuracy, agreement, placement
         )
         QuantizationReport(
             bundle=bundle,
@@ -258,7 +278,7 @@ def quantize_bundle(
             recipe=recipe,
             notes=notes,
             pictures=tuple(judged),
-            dataset=dataset,
+            dataset=shown or dataset,
         ).write(folder / "report.html")
         write_manifest(
             folder,
@@ -275,38 +295,29 @@ def _searched(
 ) -> Search:
     fixed = request.recipe.floats
     if dataset is None or request.max_drop is None:
-        return Search(tuple(fixed), float("nan"), float("nan"), (), ())
+        floats = tuple(name for name in laboratory.layers if name in fixed)
+        return Search(floats, float("nan"), float("nan"), (), ())
     return search(laboratory, dataset, request.max_drop, fixed=fixed, stage=stage)
 
 
 def _calibrated(
     model: onnx.ModelProto,
-    bundle: Bundle,
     sets: Sequence[CalibrationFrames],
-    request: QuantizeRequest,
+    more: Sequence[CalibrationFrames],
+    recipe: QuantizationRecipe,
     work: Path,
     context: str,
     trainer: Trainer | None,
     stage: Stage,
 ) -> Calibrated:
-    recipe = request.recipe
     calibrated = Calibrated.load(work / "calibrated", context)
     if calibrated is None:
         calibrated = calibrate(model, Pictures(sets), recipe, stage=stage)
         calibrated.save(work / "calibrated", context)
-    if recipe.finetune is None:
+    if recipe.finetune is None or trainer is None:
         return calibrated
-    if trainer is None:
-        raise RequestError(
-            "the recipe asks for fine-tuning, which needs PyTorch; "
-            "pip install 'edgeseg[export]' adds it, or leave [finetune] out"
-        )
     trained = Calibrated.load(work / "trained", context)
     if trained is None:
-        more = [
-            open_frames(uri, bundle.spec, count=recipe.finetune.frames)
-            for uri in request.calibration
-        ]
         trained = trainer(
             calibrated,
             list(Pictures(more)),
@@ -317,6 +328,48 @@ def _calibrated(
         )
         trained.save(work / "trained", context)
     return trained
+
+
+def _checked_model(request: QuantizeRequest, bundle: Bundle) -> onnx.ModelProto:
+    model = onnx.load_model_from_string(bundle.model.content)
+    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+        raise CalibrationError(
+            f"{request.bundle} is quantized already; give the floating-point bundle it came from"
+        )
+    return model
+
+
+def _check_target(target: Path, bundle: Bundle) -> None:
+    """Refuses ``target`` before any work if no bundle can be put there, or it is the original."""
+    # A lone file's folder may be a bundle, too.
+    if target.resolve() in bundle.model_path.resolve().parents:
+        raise RequestError(
+            f"{target} is the bundle that is to be quantized; give the INT8 one another name"
+        )
+    with suppress(_TriedError), new_bundle(target):
+        raise _TriedError
+
+
+class _TriedError(Exception):
+    """Leaves a new bundle that was only begun to see whether it could be."""
+
+
+def _left_out(graph: Graph) -> tuple[str, ...]:
+    """What has weights, or could have, and cannot be quantized."""
+    layers = {layer.node for layer in graph.layers()}
+    names = [
+        f"{node.op_type} {node.name}"
+        for node in graph.nodes
+        if is_standard(node, *WEIGHTED) and node.name not in layers
+    ]
+    if not names:
+        return ()
+    are, their = ("is", "its") if len(names) == 1 else ("are", "their")
+    return (
+        f"in floating point {are} also what cannot be quantized, since {their} weights are no "
+        f"constants or {their} form is another than that of a convolution or a plain linear "
+        f"layer: {', '.join(names)}",
+    )
 
 
 def _make(work: Path) -> None:
@@ -331,23 +384,40 @@ def _overlap(
 ) -> tuple[str, ...]:
     if dataset is None:
         return ()
-    names = tuple(name for frames in sets for name in check_overlap(frames, dataset))
+    found = (name for frames in sets for name in check_overlap(frames, dataset))
+    # The same frame may be there twice, to calibrate and to train with.
+    names = tuple(dict.fromkeys(found))
     if names and not request.allow_overlap:
         raise overlap_error(names, dataset)
     return names
 
 
-def _context(request: QuantizeRequest, bundle: Bundle, sets: Sequence[CalibrationFrames]) -> str:
+def _context(
+    request: QuantizeRequest,
+    bundle: Bundle,
+    sets: Sequence[CalibrationFrames],
+    dataset: Dataset | None,
+) -> str:
     """What the measurements of a run hold for, as a hash."""
     said = {
         "model": hashlib.sha256(bundle.model.content).hexdigest(),
         "frames": [frames.digest() for frames in sets],
         "recipe": request.recipe.to_dict(),
-        "data": [request.data, request.split],
+        "data": None if dataset is None else _digest(dataset),
         "engine": [request.engine or available_engines()[0], request.threads],
         "tools": tools(),
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(dataset: Dataset) -> str:
+    """One sha256, in hexadecimal, over all pictures and labels."""
+    digest = hashlib.sha256()
+    for sample in dataset:
+        for values in (sample.pixels, sample.labels):
+            digest.update(f"{sample.name} {values.shape}".encode())
+            digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()
 
 
 def _spread(pictures: Pictures, count: int) -> list[Pixels]:
@@ -380,6 +450,7 @@ def _manifest(
     request: QuantizeRequest,
     bundle: Bundle,
     sets: Sequence[CalibrationFrames],
+    more: Sequence[CalibrationFrames],
     overlap: Sequence[str],
     calibrated: Calibrated,
     found: Search,
@@ -393,7 +464,8 @@ def _manifest(
     steps = list(bundle.manifest.get("accuracy", []))
     if accuracy is not None:
         steps += [
-            {"step": step, **entry.to_dict()}
+            # Without the seconds it took: the same input gives the same file.
+            {"step": step, **{k: v for k, v in entry.to_dict().items() if k != "seconds"}}
             for step, entry in zip(("fp32", "int8"), accuracy, strict=True)
         ]
     return {
@@ -413,16 +485,8 @@ def _manifest(
             "floats": list(found.floats),
             "agreement": agreement,
             "placement": placement.to_dict(),
-            "calibration": [
-                {
-                    "source": frames.title,
-                    "frames": len(frames),
-                    "digest": frames.digest(),
-                    "sha256": dict(frames.hashes),
-                    "skipped": list(frames.skipped),
-                }
-                for frames in sets
-            ],
+            "calibration": [_recorded(frames) for frames in sets],
+            "finetuning": [_recorded(frames) for frames in more],
             "overlap": list(overlap),
             "scales": {
                 "activations": {
@@ -437,6 +501,16 @@ def _manifest(
                 },
             },
         },
+    }
+
+
+def _recorded(frames: CalibrationFrames) -> dict[str, object]:
+    return {
+        "source": frames.title,
+        "frames": len(frames),
+        "digest": frames.digest(),
+        "sha256": dict(frames.hashes),
+        "skipped": list(frames.skipped),
     }
 
 

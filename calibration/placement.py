@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from onnx import NodeProto
 
-from edgeseg.calibration.graph import Graph, Layer, attribute
+from edgeseg.calibration.graph import Graph, Layer
 from edgeseg.errors import CalibrationError
 
 __all__ = ["Placement", "Site", "place"]
@@ -27,7 +27,7 @@ _COMMUTING = frozenset(
 # Fused into the layer before them: what is quantized is their output.
 _ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu", "HardSwish"})
 # No weights, but TensorRT has them for int8 inputs with an int8 output.
-_POOLING = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
+_POOLING = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean", "Resize"})
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class _Search:
         for node in self._graph.nodes:
             if node.op_type == "Add":
                 self._around_add(node)
-            elif node.op_type in _POOLING and node.output[0] in self._reasons:
+            elif node.output[0] in self._reasons and self._is_kernel(node):
                 if self._can_be_int8(node.input[0]):
                     self._add(node.input[0], f"input of {_named(node)}, whose output is int8")
             elif node.op_type == "MaxPool" and node.input[0] in self._reasons:
@@ -169,6 +169,11 @@ class _Search:
             for name in others:
                 self._add(name, f"input of {_named(node)}, whose output is int8")
 
+    def _is_kernel(self, node: NodeProto) -> bool:
+        """Whether ``node`` is pooling, or an activation behind some, which is fused into nothing."""
+        before = self._graph.producer(node.input[0]) if node.op_type in _ACTIVATIONS else node
+        return before is not None and before.op_type in _POOLING
+
     def _activated(self, tensor: str) -> str:
         """``tensor``, or what the activation that alone reads it makes of it."""
         readers = self._graph.consumers(tensor)
@@ -182,6 +187,7 @@ class _Search:
             tensor in self._by_output
             and tensor not in self._reasons
             and len(self._graph.consumers(tensor)) == 1
+            and not self._graph.is_output(tensor)
         )
 
     def _weight_size(self, tensor: str) -> int:
@@ -194,8 +200,10 @@ class _Search:
         node = self._graph.producer(tensor)
         if node is None:
             return False
-        if node.op_type in _ACTIVATIONS:
+        if node.op_type in _ACTIVATIONS or _commutes(node):
             return self._can_be_int8(node.input[0])
+        if node.op_type == "Concat":
+            return all(self._can_be_int8(name) for name in node.input)
         if node.op_type == "Add":
             return any(name in self._by_output for name in node.input)
         return node.op_type in _POOLING and self._can_be_int8(node.input[0])
@@ -205,7 +213,7 @@ def _commutes(node: NodeProto) -> bool:
     if node.op_type == "Resize":
         mode = next((entry.s for entry in node.attribute if entry.name == "mode"), b"nearest")
         return bool(mode == b"nearest")
-    return node.op_type in _COMMUTING and attribute(node, "ceil_mode", 0) == 0
+    return node.op_type in _COMMUTING
 
 
 def _named(node: NodeProto) -> str:

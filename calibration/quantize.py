@@ -143,11 +143,8 @@ def _within(
 def _pair(
     tensor: str, scale: str, zero: str, integers: str, values: str, *, axis: int | None = None
 ) -> list[NodeProto]:
-    attributes = {} if axis is None else {"axis": axis}
     return [
-        helper.make_node(
-            "QuantizeLinear", [tensor, scale, zero], [integers], f"{tensor}.quantize", **attributes
-        ),
+        _node("QuantizeLinear", [tensor, scale, zero], integers, f"{tensor}.quantize", axis),
         _dequantize(integers, scale, zero, values, axis=axis),
     ]
 
@@ -155,11 +152,12 @@ def _pair(
 def _dequantize(
     integers: str, scale: str, zero: str, values: str, *, axis: int | None
 ) -> NodeProto:
-    attributes = {} if axis is None else {"axis": axis}
-    return helper.make_node(
-        "DequantizeLinear",
-        [integers, scale, zero],
-        [values],
-        f"{values.removesuffix('.dequantized')}.dequantize",
-        **attributes,
-    )
+    name = f"{values.removesuffix('.dequantized')}.dequantize"
+    return _node("DequantizeLinear", [integers, scale, zero], values, name, axis)
+
+
+def _node(kind: str, inputs: list[str], output: str, name: str, axis: int | None) -> NodeProto:
+    node = helper.make_node(kind, inputs, [output], name)
+    if axis is not None:
+        node.attribute.append(helper.make_attribute("axis", axis))
+    return node

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -39,7 +40,12 @@ class Finetuning:
                 "fine-tuning takes at least one step of one frame, and "
                 f"{self.steps} steps of {self.batch} of {self.frames} frames came"
             )
-        if not self.views or min(self.views) <= 0:
+        rates = (self.learning_rate, self.scale_learning_rate)
+        if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+            raise RequestError(f"learning rates are 0 or more, and {rates[0]} and {rates[1]} came")
+        if self.seed < 0:
+            raise RequestError(f"a seed is a whole number from 0 on, and {self.seed} came")
+        if not self.views or not all(math.isfinite(view) and view > 0 for view in self.views):
             raise RequestError(f"the teacher's views are factors above 0, and {self.views} came")
 
 
@@ -71,6 +77,9 @@ class QuantizationRecipe:
             raise RequestError(f"equalize is between 0 and 1, and {self.equalize} came")
         if self.frames < 1:
             raise RequestError(f"calibration takes at least one frame, and {self.frames} came")
+        twice = [name for name in self.floats if self.floats.count(name) > 1]
+        if twice:
+            raise RequestError(f"a layer is left in floating point once, and {twice[0]} came twice")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> QuantizationRecipe:
@@ -84,9 +93,10 @@ class QuantizationRecipe:
         finetune = given.pop("finetune", None)
         try:
             if finetune is not None:
-                finetune = _made(Finetuning, finetune)
-            made: QuantizationRecipe = _made(cls, {**given, "finetune": finetune})
-            return made
+                if not isinstance(finetune, Mapping):
+                    raise TypeError(f"finetune is {finetune!r}, and a table [finetune] is wanted")
+                finetune = Finetuning(**_fitting(Finetuning, finetune))
+            return cls(**_fitting(cls, given), finetune=finetune)
         except TypeError as error:
             raise RequestError(f"{name} does not fit: {error}") from error
 
@@ -95,20 +105,36 @@ class QuantizationRecipe:
         return asdict(self)
 
 
-def _made(kind: Any, values: Mapping[str, Any]) -> Any:
-    known = {field.name: field.type for field in fields(kind)}
-    given: dict[str, Any] = {}
+# By the types of the fields below, as they are written there: what it is for a person, and a
+# function that gives the value in that type, or None for one of another.
+_TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "int": ("a whole number", lambda value: value if type(value) is int else None),
+    "float": ("a number", lambda value: float(value) if type(value) in (int, float) else None),
+    "bool": ("true or false", lambda value: value if type(value) is bool else None),
+    "str": ("a text", lambda value: value if type(value) is str else None),
+    "tuple[str, ...]": ("a list of texts", lambda value: _each("str", value)),
+    "tuple[float, ...]": ("a list of numbers", lambda value: _each("float", value)),
+}
+
+
+def _each(kind: str, values: Any) -> tuple[Any, ...] | None:
+    if not isinstance(values, (list, tuple)):
+        return None
+    found = tuple(_TYPES[kind][1](value) for value in values)
+    return None if None in found else found
+
+
+def _fitting(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` in the types of the fields of ``kind``; TypeError for one that does not fit."""
+    # A field that is a table of its own is none of these.
+    known = {field.name: str(field.type) for field in fields(kind) if str(field.type) in _TYPES}
+    found = {}
     for name, value in values.items():
         if name not in known:
             raise TypeError(f"it says {name}, and knows {', '.join(known)}")
-        given[name] = tuple(value) if isinstance(value, list) else value
-        wanted = str(known[name])
-        fits = {
-            "int": isinstance(value, int) and not isinstance(value, bool),
-            "float": isinstance(value, (int, float)) and not isinstance(value, bool),
-            "bool": isinstance(value, bool),
-            "str": isinstance(value, str),
-        }.get(wanted, True)
-        if not fits:
-            raise TypeError(f"{name} is {value!r}, and a value of type {wanted} is wanted")
-    return kind(**given)
+        wanted, fitted = _TYPES[known[name]]
+        # Always the same type, so that 1 and 1.0 are one recipe.
+        found[name] = fitted(value)
+        if found[name] is None:
+            raise TypeError(f"{name} is {value!r}, and {wanted} is wanted")
+    return found

@@ -8,6 +8,7 @@ in milliseconds against the INT8 graph, taking turns. The budget itself is prove
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -22,7 +23,7 @@ from edgeseg.bundle import Bundle
 from edgeseg.calibration.calibrate import Calibrated, Stage, silent
 from edgeseg.dataset import Dataset
 from edgeseg.engine import Engine, open_engine
-from edgeseg.errors import CalibrationError
+from edgeseg.errors import CalibrationError, RequestError
 from edgeseg.evaluate import Evaluation, evaluate
 from edgeseg.frame import Pixels
 from edgeseg.jsonfile import write_json
@@ -36,6 +37,8 @@ _TURNS = 9
 # A layer is never taken for cheaper than this share of the INT8 graph's time: below it the clock
 # says nothing, and a division by it would say anything.
 _LEAST_COST = 0.005
+# Searches that are begun once more without the layer that costs most.
+_ALTERNATIVES = 3
 
 
 class Trials:
@@ -48,7 +51,7 @@ class Trials:
         self._path = path
         self._context = context
         self._values: dict[str, float] = {}
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["context"] == context:
                 self._values = {str(k): float(v) for k, v in content["values"].items()}
@@ -193,7 +196,8 @@ class Laboratory:
 class Search:
     """What a search found. ``floats``: the layers to leave in floating point. ``fp32`` and
     ``miou``: on the whole evaluation split, 0 to 1. ``tried``: (number of layers in floating
-    point, mIoU) of every graph that was proven, in that order. ``damages``: by layer."""
+    point, mIoU) of the graphs that were proven, by that number; of several with the same, the one
+    that was taken, else the best. ``damages``: by layer."""
 
     floats: tuple[str, ...]
     fp32: float
@@ -228,49 +232,60 @@ def search(
 ) -> Search:
     """The layers to leave in floating point so that mIoU falls by ``max_drop`` points at most.
 
-    First none but ``fixed``; if that does not do, layers are taken in the order of damage per
+    First none but ``fixed``. If that does not do, layers are taken in the order of damage per
     millisecond, as few as meet the budget, and those that turn out not to be needed are given back.
-    CalibrationError with the best that was found when even half of the layers do not do it, or the
-    result would be no faster than floating point.
+    This is repeated without the layer that costs most as long as it leads to a graph that is
+    quicker, by the clock: one slow layer with much damage may stand for a few quick ones.
+
+    RequestError for a name in ``fixed`` that no layer has. CalibrationError with the best that was
+    found when even half of the layers do not do it, when the result would be no faster than
+    floating point, and when no pixel of ``dataset`` has a label.
     """
+    unknown = sorted(set(fixed).difference(laboratory.layers))
+    if unknown:
+        raise RequestError(
+            f"there is no layer {unknown[0]} to leave in floating point; the layers are "
+            f"{', '.join(laboratory.layers)}"
+        )
     fp32 = laboratory.miou(laboratory.layers, dataset, stage)
+    if math.isnan(fp32):
+        raise CalibrationError(
+            f"a budget is proven on labelled pixels, and {dataset.title} {dataset.split} has none; "
+            "give other pictures with --data"
+        )
     tried: dict[int, float] = {}
 
     def drop(floats: Sequence[str]) -> float:
         miou = laboratory.miou(floats, dataset, stage)
-        tried[len(floats)] = miou
+        tried[len(floats)] = max(miou, tried.get(len(floats), miou))
         return (fp32 - miou) * 100
 
-    chosen = [name for name in laboratory.layers if name in fixed]
-    best = (drop(chosen), tuple(chosen))
+    chosen = tuple(name for name in laboratory.layers if name in fixed)
+    best: Found = (drop(chosen), chosen)
     measured: tuple[LayerDamage, ...] = ()
     if best[0] > max_drop:
         measured = _with_costs(laboratory, damages(laboratory, stage=stage), stage)
-        least = laboratory.latency_ms() * _LEAST_COST
-        ranked = sorted(
-            (entry for entry in measured if entry.layer not in chosen),
-            key=lambda entry: -entry.damage / max(entry.cost_ms or 0.0, least),
-        )
-        order = [entry.layer for entry in ranked]
-        best = _fewest(chosen, order, drop, max_drop, len(laboratory.layers) // 2, best)
-        if best[0] <= max_drop:
-            best = _without_needless(best, chosen, order, drop, max_drop)
-    if best[0] > max_drop:
+        best = _least(laboratory, chosen, measured, drop, max_drop, best)
+    lost, taken = best
+    if lost > max_drop:
         raise CalibrationError(
             f"no INT8 graph within {max_drop:g} points of mIoU was found: the best loses "
-            f"{best[0]:.2f} ({(fp32 - best[0] / 100) * 100:.2f} % instead of {fp32 * 100:.2f} %) "
-            f"with {len(best[1])} of {len(laboratory.layers)} layers in floating point; allow "
-            f"--max-drop {best[0] + 0.05:.1f}, give more calibration frames, or fine-tune "
-            "(--finetune)"
+            f"{lost:.2f} ({fp32 * 100 - lost:.2f} % instead of {fp32 * 100:.2f} %) with "
+            f"{len(taken)} of {len(laboratory.layers)} layers in floating point; allow "
+            f"--max-drop {math.ceil(lost * 10) / 10:.1f}, give more calibration frames, or "
+            "fine-tune (--finetune)"
         )
-    if best[1] and laboratory.extra_ms(laboratory.layers) <= laboratory.extra_ms(best[1]):
+    # Those that were asked for are left as they are, whatever that costs.
+    if taken != chosen and (laboratory.extra_ms(laboratory.layers) <= laboratory.extra_ms(taken)):
         raise CalibrationError(
-            f"{len(best[1])} of {len(laboratory.layers)} layers would have to stay in floating "
+            f"{len(taken)} of {len(laboratory.layers)} layers would have to stay in floating "
             f"point to lose {max_drop:g} points of mIoU at most, and then it is no faster than "
             "the model it was made from; allow a larger --max-drop, or fine-tune (--finetune)"
         )
-    floats = tuple(name for name in laboratory.layers if name in set(best[1]))
-    return Search(floats, fp32, fp32 - best[0] / 100, tuple(sorted(tried.items())), measured)
+    floats = tuple(name for name in laboratory.layers if name in set(taken))
+    miou = fp32 - lost / 100
+    tried[len(floats)] = miou
+    return Search(floats, fp32, miou, tuple(sorted(tried.items())), measured)
 
 
 def _with_costs(
@@ -285,18 +300,65 @@ def _with_costs(
     return tuple(found)
 
 
+#: points of mIoU lost, and the layers in floating point
 Found = tuple[float, tuple[str, ...]]
+Drop = Callable[[Sequence[str]], float]
+
+
+def _least(
+    laboratory: Laboratory,
+    fixed: Sequence[str],
+    measured: Sequence[LayerDamage],
+    drop: Drop,
+    max_drop: float,
+    best: Found,
+) -> Found:
+    """The quickest graph within the budget that is found, or the best one if none is."""
+    least = laboratory.latency_ms() * _LEAST_COST
+    free = [entry for entry in measured if entry.layer not in fixed]
+    costs = {entry.layer: max(entry.cost_ms or 0.0, least) for entry in free}
+    most = len(laboratory.layers) // 2
+
+    def attempt(order: Sequence[str], best: Found) -> Found:
+        found = _fewest(fixed, order, drop, max_drop, most, best)
+        return found if found[0] > max_drop else _needed(found, fixed, order, drop, max_drop)
+
+    by_damage = sorted(free, key=lambda entry: -entry.damage)
+    order = [
+        entry.layer
+        for entry in sorted(by_damage, key=lambda entry: -entry.damage / costs[entry.layer])
+    ]
+    found = attempt(order, best)
+    if found[0] > max_drop:
+        # Half of the layers may do after all, if they are those with most damage.
+        found = attempt([entry.layer for entry in by_damage], found)
+    if found[0] > max_drop:
+        return found
+    for _ in range(_ALTERNATIVES):
+        taken = [name for name in found[1] if name not in fixed]
+        if len(taken) == len(order):
+            break
+        dearest = max(taken, key=lambda name: costs[name])
+        order = [name for name in order if name != dearest]
+        other = attempt(order, (math.inf, ()))
+        if other[0] > max_drop:
+            break
+        if laboratory.extra_ms(other[1]) >= laboratory.extra_ms(found[1]):
+            break
+        found = other
+    return found
 
 
 def _fewest(
     chosen: Sequence[str],
     order: Sequence[str],
-    drop: Callable[[Sequence[str]], float],
+    drop: Drop,
     max_drop: float,
     most: int,
     best: Found,
 ) -> Found:
-    """The shortest beginning of ``order`` that meets the budget: doubling, then halving."""
+    """The shortest beginning of ``order`` that meets the budget, of ``most`` layers at most:
+    doubling, then halving. If there is none, the one that loses least, ``best`` among them."""
 
     def at(count: int) -> Found:
         floats = (*chosen, *order[:count])
@@ -307,37 +369,41 @@ def _fewest(
     while True:
         count = min(count, most)
         found = at(count)
-        best = min(best, found)
         if found[0] <= max_drop or count == most:
             break
+        best = min(best, found, key=_loss)
         low, count = count, count * 2
     if found[0] > max_drop:
-        return best
-    high, best = count, found
+        return min(best, found, key=_loss)
+    high = count
     while high - low > 1:
         middle = (low + high) // 2
-        found = at(middle)
-        if found[0] <= max_drop:
-            high, best = middle, found
+        between = at(middle)
+        if between[0] <= max_drop:
+            high, found = middle, between
         else:
             low = middle
-    return best
+    return found
 
 
-def _without_needless(
-    best: Found,
+def _needed(
+    found: Found,
     fixed: Sequence[str],
     order: Sequence[str],
-    drop: Callable[[Sequence[str]], float],
+    drop: Drop,
     max_drop: float,
 ) -> Found:
-    """Gives layers back to INT8, the least damaging first, as long as the budget is met."""
-    for name in [name for name in reversed(order) if name in best[1]]:
-        if len(best[1]) == len(fixed) + 1:
+    """Gives layers back to INT8, the last in ``order`` first, as long as the budget is met."""
+    for name in [name for name in reversed(order) if name in found[1]]:
+        if len(found[1]) == len(fixed) + 1:
             # One is needed: none was tried first.
             break
-        floats = tuple(other for other in best[1] if other != name)
-        found = drop(floats)
-        if found <= max_drop:
-            best = (found, floats)
-    return best
+        floats = tuple(other for other in found[1] if other != name)
+        lost = drop(floats)
+        if lost <= max_drop:
+            found = (lost, floats)
+    return found
+
+
+def _loss(found: Found) -> tuple[float, int]:
+    return found[0], len(found[1])

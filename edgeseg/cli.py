@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from edgeseg.jsonfile import json_text, write_json
 from edgeseg.progress import progress
 
 if TYPE_CHECKING:
+    from edgeseg.bundle import Bundle
+    from edgeseg.calibration.lint import Placement
     from edgeseg.model import Model
 
 __all__ = ["main"]
@@ -312,27 +315,26 @@ def _check_file(target: str | None) -> None:
 def _demo(options: argparse.Namespace) -> int:
     from edgeseg import kernels
     from edgeseg.demo import NEXT, run_demo
-    from edgeseg.profile import work_ms
 
-    with _load(options, "streets") as model, progress("segmenting a street") as update:
+    with (
+        _load(options, "streets") as plain,
+        _load(options, "streets-int8") as quantized,
+        progress("segmenting a street, twice") as update,
+    ):
         if not kernels.available():
             print(
                 "The compiled kernels are not here, so masks are brought to size inside the graph, "
                 "which is slower; with a C++ compiler, `edgeseg kernels build` makes them.",
                 file=sys.stderr,
             )
-        demo = run_demo(model, Path(options.output), frames=options.frames, progress=update)
-    worst = sorted(
-        (iou, name) for name, iou in demo.evaluation.per_class.items() if iou is not None
-    )
+        demo = run_demo(
+            (plain, quantized), Path(options.output), frames=options.frames, progress=update
+        )
+    commands = "\n".join("  " + line.replace("edgeseg", _program(), 1) for line in NEXT[:2])
     print(
-        f"{demo.description}\n\n"
-        f"  {demo.summary.fps:6.1f}  frames per second, frame to finished mask\n"
-        f"  {work_ms(demo.summary):6.1f}  ms of work on a frame, from pixels to mask, median\n"
-        f"  {demo.evaluation.miou * 100:6.1f}  % mIoU against exact truth "
-        f"(best {worst[-1][1]} {worst[-1][0]:.0%}, weakest {worst[0][1]} {worst[0][0]:.0%})\n\n"
+        f"{demo.render()}\n\n"
         f"Look at\n  {demo.video}\n  {demo.report}\n\n"
-        "Now a video of your own:\n  " + NEXT[0].replace("edgeseg", _program(), 1)
+        f"Now a video of your own, with either model\n{commands}"
     )
     return 0
 
@@ -564,9 +566,47 @@ def _inspect(options: argparse.Namespace) -> int:
             lines += [
                 f"    {line}" for line in json.dumps(bundle.manifest[title], indent=2).splitlines()
             ]
-    content = {"spec": json.loads(spec.to_json()), "manifest": dict(bundle.manifest)}
+    content: dict[str, object] = {
+        "spec": json.loads(spec.to_json()),
+        "manifest": dict(bundle.manifest),
+    }
+    quantization = bundle.manifest.get("quantization")
+    if quantization:
+        floats = quantization.get("floats", [])
+        lines += [
+            "  quantization",
+            f"    layers in floating point: {', '.join(floats) or 'none'}",
+            f"    calibrated with {_calibrated_with(quantization)}",
+        ]
+    placement = _placement(bundle)
+    if placement is not None:
+        lines += ["  placement for TensorRT", *(f"    {line}" for line in placement.lines())]
+        content["placement"] = placement.to_dict()
     _tell(options, "\n".join(lines), content)
     return 0
+
+
+def _calibrated_with(quantization: Mapping[str, Any]) -> str:
+    sets = quantization.get("calibration", [])
+    return ", ".join(f"{entry['frames']} frames of {entry['source']}" for entry in sets)
+
+
+def _placement(bundle: Bundle) -> Placement | None:
+    """What the linter says of a quantized graph; None for floating point, and without onnx."""
+    if b"DequantizeLinear" not in bundle.model.content:
+        return None
+    if importlib.util.find_spec("onnx") is None:
+        print(
+            "edgeseg: the placement of the quantization is not checked, since that needs onnx; "
+            "pip install 'edgeseg[export]' adds it",
+            file=sys.stderr,
+        )
+        return None
+    import onnx
+
+    from edgeseg.calibration.lint import lint
+
+    return lint(onnx.load_model_from_string(bundle.model.content))
 
 
 def _doctor(options: argparse.Namespace) -> int:

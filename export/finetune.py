@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -36,6 +37,18 @@ __all__ = ["finetune", "teach", "train_integers"]
 
 # Sizes of resized views are multiples of this, which suits every network here.
 _STRIDE = 32
+# What reading a kept file raises when it is not there, or not what was written.
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    pickle.UnpicklingError,
+)
 # Steps between two saved states.
 _KEPT_EVERY = 25
 
@@ -50,6 +63,7 @@ def teach(
     """What the floating-point ``model`` says of each frame, averaged over views.
 
     Returns probabilities (frames, classes, h, w) float16 at the size of the logits.
+    CalibrationError for a model that takes one size only, if ``views`` has others than 1.
     """
     teacher = TorchGraph(model).eval()
     found = []
@@ -60,7 +74,7 @@ def teach(
             for factor in (1.0, *(view for view in views if view != 1.0)):
                 seen = _resized(pixels, factor)
                 # Frame and mirror image, as one batch.
-                logits = _only(teacher(torch.from_numpy(np.stack([seen, seen[:, ::-1]]))))
+                logits = _asked(teacher, np.stack([seen, seen[:, ::-1]]), factor)
                 logits = torch.stack([logits[0], logits[1].flip(2)])
                 size = size or (logits.shape[2], logits.shape[3])
                 if logits.shape[2:] != size:
@@ -75,6 +89,19 @@ def teach(
     return torch.stack(found)
 
 
+def _asked(teacher: TorchGraph, frames: NDArray[np.uint8], factor: float) -> Tensor:
+    """The logits of (frames, height, width, 3) ``frames``, seen at ``factor``."""
+    try:
+        return _only(teacher(torch.from_numpy(frames)))
+    except RuntimeError as error:
+        if factor == 1.0:
+            raise
+        raise CalibrationError(
+            f"the teacher looks at each frame also at {factor:g} times its size, and this model "
+            f"takes one size only ({error}); fine-tune with views = [1.0]"
+        ) from error
+
+
 def train_integers(
     calibrated: Calibrated,
     frames: Sequence[Pixels],
@@ -84,10 +111,11 @@ def train_integers(
     work: Path,
     stage: Stage = silent,
 ) -> Calibrated:
-    """``calibrated`` after fine-tuning on ``frames``, with the layers ``floats`` left as they are.
+    """``calibrated`` after fine-tuning on ``frames``.
 
-    What the teacher said and the state of the training are kept in ``work`` and taken from there by
-    a later call of the same kind.
+    The layers ``floats`` stay in floating point, and like all that is not quantized they are left
+    as they are. What the teacher said and the state of the training are kept in ``work`` and taken
+    from there by a later call of the same kind.
     """
     placement = calibrated.placement(floats)
     model = calibrated.graph.model
@@ -141,13 +169,21 @@ def finetune(
 
     ``resume``: a file that keeps the state every ``_KEPT_EVERY`` steps; a call with the same
     arguments goes on from it, with the same result. ``progress(step, steps, loss)``: the loss is
-    the Kullback-Leibler divergence per position of the logits, in nats.
+    the Kullback-Leibler divergence per position of the logits, in nats. Trained are the weights and
+    biases of the layers of ``placement``, and the scales of its activations; those of weights
+    follow the weights. CalibrationError when the training diverges.
     """
     model = quantize(graph, placement, scales, float_weights=True)
     student = TorchGraph(model, learn_scales=True, weight_scales="follow").train()
+    trained = {name for layer in placement.layers for name in (layer.weight, layer.bias)}
+    for name, weight in student.weights.items():
+        weight.requires_grad_(name in trained)
     optimiser = torch.optim.Adam(
         [
-            {"params": list(student.weights.values()), "lr": settings.learning_rate},
+            {
+                "params": [each for name, each in student.weights.items() if name in trained],
+                "lr": settings.learning_rate,
+            },
             {
                 "params": list(student.scale_parameters.values()),
                 "lr": settings.scale_learning_rate,
@@ -177,6 +213,11 @@ def finetune(
         loss = divergence(
             _only(student(_batch(frames, chosen, mirrored))), _targets(wanted, chosen, mirrored)
         )
+        if not torch.isfinite(loss):
+            raise CalibrationError(
+                f"fine-tuning diverged at step {step + 1} of {settings.steps}; take smaller "
+                "learning rates, or leave it out"
+            )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -217,7 +258,7 @@ def _loaded(path: Path, context: str) -> dict[str, Any] | None:
     try:
         content: dict[str, Any] = torch.load(path, weights_only=True)
         return content if content["context"] == context else None
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError):
+    except _UNREADABLE:
         return None
 
 
@@ -246,7 +287,7 @@ def _taken(
 ) -> tuple[Graph, Scales]:
     """The trained numbers in the forms that ``quantize`` takes."""
     made = Graph(graph.model)
-    for layer in graph.layers():
+    for layer in placement.layers:
         for name in (layer.weight, layer.bias):
             if name is not None:
                 made.put(name, trained.floats(name))

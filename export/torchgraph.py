@@ -68,7 +68,7 @@ _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 # Elements that are quantized at a time: its pieces stay in the processor's cache, and a tensor of
 # feature maps costs about as much as one copy of it.
-_PIECE = 1 << 16
+_PIECE = 1 << 17
 
 Result = Tensor | tuple[Tensor, ...]
 Run = Callable[..., Result]

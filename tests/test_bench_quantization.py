@@ -242,6 +242,41 @@ def test_candidates_give_the_masks_of_the_arithmetic(
     opened.close()
 
 
+@pytest.mark.skipif(not kernels.available(), reason="the kernels are not compiled")
+def test_miou_as_written_computes_quantizers_in_fp32(
+    bench: Any, tiny: Tiny, tmp_path: Path
+) -> None:
+    """A 4-bit image by a scale of 17: the arithmetic with that rounding, and no INT8 kernel."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    bundle = Bundle.open(tiny.write(tmp_path / "tiny"))
+    content, head = bundle.model.without_head()
+    model = onnx.load_from_string(content)
+    scale: list[tuple[str, NDArray[Any]]] = [
+        ("scale", np.array(17, np.float32)),
+        ("zero", np.array(0, np.uint8)),
+    ]
+    model.graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in scale)
+    (conv,) = (node for node in model.graph.node if node.op_type == "Conv")
+    model.graph.node.remove(conv)
+    rounding = [
+        helper.make_node("QuantizeLinear", [conv.input[0], "scale", "zero"], ["whole"]),
+        helper.make_node("DequantizeLinear", ["whole", "scale", "zero"], ["rounded"]),
+    ]
+    conv.input[0] = "rounded"
+    model.graph.node.extend([*rounding, conv])
+    path = tmp_path / "rounding.onnx"
+    onnx.save(model, path)
+    network = bench.OpenVinoNetwork(path, bundle.spec, head, (32, 48), 1, in_fp32=True)
+    pixels = tiny.picture(5)
+    expected = tiny.class_map(np.rint(pixels / 17).astype(np.uint8) * np.uint8(17))
+    assert (expected != tiny.class_map(pixels)).any()
+    np.testing.assert_array_equal(network.run(pixels).class_map, expected)
+    assert network.executed == {"f32": 1} or platform.machine() != "x86_64"
+    network.close()
+
+
 @pytest.mark.parametrize(
     ("text", "tools", "number"),
     [
@@ -342,6 +377,7 @@ def row(bench: Any, name: str, tool: str, miou: float, fp32: int = 0) -> Any:
         (0.635 - miou) * 100,
         bench.Convolutions(56, left),
         {"i8": 56 - fp32, "f32": fp32},
+        miou if fp32 == 0 else None,
         {"384x480": spread},
         {"384x480": spread},
     )
@@ -367,9 +403,9 @@ def test_table_and_json_of_a_row(bench: Any) -> None:
     header, line, fp32, ort, _, failed = bench.markdown(rows, failures).splitlines()
     cells = len(header.split("|"))
     assert len(line.split("|")) == len(fp32.split("|")) == len(ort.split("|")) == cells
-    assert fp32.startswith("| fp32 | 0.6350 | 0.00 |")
+    assert fp32.startswith("| fp32 | 0.6350 | 0.00 | – |")
     assert fp32.endswith("| 56 of 56 | 0 i8, 56 f32 |")
-    assert ort.startswith("| **ort-a** | 0.6300 | 0.50 | 20.0 (10.0-30.0) |")
+    assert ort.startswith("| **ort-a** | 0.6300 | 0.50 | 0.6300 | 20.0 (10.0-30.0) |")
     assert failed == "- nncf-mixed-fast failed: RuntimeError: no"
     found = json.loads(json.dumps(rows[1].to_dict()))
     assert (found["candidate"], found["best"], found["convolutions_fp32"]) == ("ort-a", True, 0)
