@@ -129,17 +129,18 @@ def _levels(
 ) -> NDArray[np.float64]:
     """What to multiply the factors by, per channel, one number for all tensors tied together: the
     widest channel then keeps its peak, or comes to that of the widest one that cannot move."""
-    found: dict[int, float] = {}
+    own: dict[int, float] = {}
+    given: dict[int, float] = {}
     for name, values in peaks.items():
         moves = movable[ties.channels(name)]
-        if moves.any() and values.max() > 0:
-            still = values[~moves].max(initial=0.0)
-            evened = (values / factor[ties.channels(name)])[moves].max()
-            group = ties.group(name)
-            found[group] = max(found.get(group, 0.0), evened / (still or values.max()))
+        evened = (values / factor[ties.channels(name)])[moves].max(initial=0.0)
+        still = values[~moves].max(initial=0.0)
+        for found, wanted in ((own, values.max()), (given, still)):
+            if evened > 0 and wanted > 0:
+                found[ties.group(name)] = max(found.get(ties.group(name), 0.0), evened / wanted)
     level = np.ones(ties.size)
     for name in ties.tensors:
-        level[ties.channels(name)] = found.get(ties.group(name), 0.0) or 1.0
+        level[ties.channels(name)] = {**own, **given}.get(ties.group(name), 1.0)
     return level
 
 

@@ -98,9 +98,10 @@ def _check(engine: Engine, bundle: Bundle) -> None:
     spec = bundle.spec
     outputs = engine.run(golden_image(bundle.golden.seed, spec.height, spec.width))
     agreement = bundle.golden.agreement(outputs.class_map)
-    if agreement < bundle.golden.promised:
+    promised = bundle.golden.promised
+    if agreement < promised:
         raise EngineError(
             f"{engine.description} gives other masks than those recorded at export: "
-            f"{agreement:.1%} of the golden picture agrees and {bundle.golden.promised:.0%} is promised; "
+            f"{agreement:.1%} of the golden picture agrees and {promised:.0%} is promised; "
             "try another --engine, or update the library"
         )

@@ -148,7 +148,8 @@ class Net:
         if word == "Deconv":
             shape = [into, out // group, *sides]
         if word == "Linear":
-            shape, attributes = [out, into], {"transB": 1}
+            shape, attributes = [out, into], {"transB": options.pop("transB", 1)}
+            shape = shape if attributes["transB"] else shape[::-1]
         spread = 1 / np.sqrt(np.prod(shape) / shape[0])
         values = {f"{target}.weight": self._rng.normal(0, spread, shape)}
         if weight:
