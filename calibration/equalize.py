@@ -138,9 +138,10 @@ def _levels(
         for found, wanted in ((own, values.max()), (given, still)):
             if evened > 0 and wanted > 0:
                 found[ties.group(name)] = max(found.get(ties.group(name), 0.0), evened / wanted)
+    levels = {**own, **given}
     level = np.ones(ties.size)
     for name in ties.tensors:
-        level[ties.channels(name)] = {**own, **given}.get(ties.group(name), 1.0)
+        level[ties.channels(name)] = levels.get(ties.group(name), 1.0)
     return level
 
 

@@ -278,6 +278,8 @@ def quantize_bundle(
             recipe=recipe,
             notes=notes,
             pictures=tuple(judged),
+            engine=request.engine,
+            threads=request.threads,
             dataset=shown or dataset,
         ).write(folder / "report.html")
         write_manifest(

@@ -170,7 +170,7 @@ class _Search:
                 self._add(name, f"input of {_named(node)}, whose output is int8")
 
     def _is_kernel(self, node: NodeProto) -> bool:
-        """Whether ``node`` is pooling, or an activation behind some, which is fused into nothing."""
+        """Whether ``node`` is pooling, or an activation behind it that is fused into nothing."""
         before = self._graph.producer(node.input[0]) if node.op_type in _ACTIVATIONS else node
         return before is not None and before.op_type in _POOLING
 

@@ -259,9 +259,9 @@ class _Comparison:
             picture[differs] = _LOST
             return picture
         picture[differs] = _OTHER
-        known = differs & (self.labels != self.ignore)
-        picture[known & (self.fp32 == self.labels)] = _LOST
-        picture[known & (self.int8 == self.labels)] = _WON
+        # No mask has the label to ignore, so what has no truth stays as it is.
+        picture[differs & (self.fp32 == self.labels)] = _LOST
+        picture[differs & (self.int8 == self.labels)] = _WON
         return picture
 
     def shrunk(self) -> _Comparison:

@@ -210,9 +210,9 @@ def finetune(
         chosen, mirrored = order.next(settings.batch)
         if step < first:
             continue
-        loss = divergence(
-            _only(student(_batch(frames, chosen, mirrored))), _targets(wanted, chosen, mirrored)
-        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.mixed_precision):
+            logits = _only(student(_batch(frames, chosen, mirrored))).float()
+        loss = divergence(logits, _targets(wanted, chosen, mirrored))
         if not torch.isfinite(loss):
             raise CalibrationError(
                 f"fine-tuning diverged at step {step + 1} of {settings.steps}; take smaller "

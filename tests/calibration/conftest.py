@@ -310,3 +310,129 @@ def streets_int8(
 
     evened, _ = equalize(streets_graph, streets_peaks, balance=0.65)
     return bench.int8(evened, street_pictures[:2], ranges="mse")
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A bundle of six convolutions with CamVid's classes, 32 x 48, and frames that it knows: their
+    labels are its own masks, so fp32 has an mIoU of 100 %.
+
+    A channel of ``wide`` is hundreds of times as large as the others, so that it loses much in int8
+    unless its channels are evened, and nothing else does.
+    """
+
+    folder: Path
+    height: int = 32
+    width: int = 48
+
+    LAYERS = ("first", "wide", "narrow", "left", "right", "classify")
+
+    def picture(self, seed: int) -> Pixels:
+        """A frame, (32, 48, 3): blocks of colour."""
+        rng = np.random.default_rng(seed)
+        blocks = rng.integers(0, 256, (self.height // 8, self.width // 8, 3), dtype=np.uint8)
+        return blocks.repeat(8, axis=0).repeat(8, axis=1)
+
+    def frames(self, folder: Path, count: int, first: int = 1000) -> Path:
+        """A folder of ``count`` frames, as PNG."""
+        import cv2
+
+        folder.mkdir(parents=True)
+        for number in range(count):
+            cv2.imwrite(str(folder / f"{number:03}.png"), self.picture(first + number))
+        return folder
+
+    def camvid(self, folder: Path, count: int = 6, first: int = 0) -> str:
+        """The URI of a data set of ``count`` labelled frames in ``folder``, split "val"."""
+        import cv2
+
+        from edgeseg.engine import open_engine
+
+        self.frames(folder / "images" / "val", count, first)
+        labels = folder / "labels" / "val"
+        labels.mkdir(parents=True)
+        engine = open_engine(Bundle.open(self.folder), "onnxruntime", threads=1)
+        for number in range(count):
+            class_map = engine.run(self.picture(first + number)).class_map
+            cv2.imwrite(str(labels / f"{number:03}.png"), class_map)
+        engine.close()
+        return f"camvid:{folder}"
+
+
+def _fork_model(tiny: Tiny) -> onnx.ModelProto:
+    """``tiny`` with other arithmetic between the picture and the logits."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    rng = np.random.default_rng(5)
+    model: onnx.ModelProto = tiny.model()
+    nodes = list(model.graph.node)
+    (conv,) = [node for node in nodes if node.op_type == "Conv"]
+    constants: dict[str, NDArray[np.float32]] = {"mean": np.full((1, 3, 1, 1), 128, np.float32)}
+    made = [helper.make_node("Sub", ["x", "mean"], ["centred"], "centre")]
+
+    def layer(name: str, source: str, shape: tuple[int, ...], stride: int, relu: bool) -> str:
+        fan = float(np.prod(shape[1:]))
+        weight = rng.normal(0, (2 / fan) ** 0.5, shape)
+        if name == "first":
+            weight /= 64
+        if name == "wide":
+            weight[0] *= 400
+        if name == "narrow":
+            weight[:, 0] /= 400
+        constants[f"{name}.weight"] = weight.astype(np.float32)
+        constants[f"{name}.bias"] = rng.normal(0, 0.1, shape[0]).astype(np.float32)
+        made.append(
+            helper.make_node(
+                "Conv", [source, f"{name}.weight", f"{name}.bias"], [f"{name}.raw"], name,
+                strides=[stride] * 2, pads=[shape[2] // 2] * 4, kernel_shape=list(shape[2:]),
+            )
+        )  # fmt: skip
+        if relu:
+            made.append(helper.make_node("Relu", [f"{name}.raw"], [f"{name}.out"], f"{name}.relu"))
+        return str(made[-1].output[0])
+
+    out = layer("first", "centred", (8, 3, 3, 3), 2, True)
+    out = layer("wide", out, (8, 8, 3, 3), 2, True)
+    out = layer("narrow", out, (8, 8, 3, 3), 2, True)
+    sides = [
+        layer("left", out, (8, 8, 1, 1), 1, False),
+        layer("right", out, (8, 8, 3, 3), 1, False),
+    ]
+    made.append(helper.make_node("Add", sides, ["sum"], "add"))
+    made.append(helper.make_node("Relu", ["sum"], ["joined"], "relu"))
+    layer("classify", "joined", (11, 8, 1, 1), 1, False)
+    made[-1].output[0] = "logits"
+    index = nodes.index(conv)
+    nodes[index : index + 1] = made
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(
+        numpy_helper.from_array(array, name) for name, array in constants.items()
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@pytest.fixture(scope="session")
+def fork(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Fork:
+    """A small bundle to quantize; not to be changed."""
+    from onnx import helper
+
+    from edgeseg.bundle import GOLDEN_KEY, SPEC_KEY, write_manifest
+    from edgeseg.classes import CAMVID
+    from edgeseg.engine.onnxruntime import recorded_golden
+
+    spec = replace(
+        tiny.spec, name="fork", classes=CAMVID.names, colours=CAMVID.colours, ignore=CAMVID.ignore
+    )
+    model = _fork_model(tiny)
+    golden = recorded_golden(model.SerializeToString(), spec)
+    del model.metadata_props[:]
+    helper.set_model_props(model, {SPEC_KEY: spec.to_json(), GOLDEN_KEY: golden.to_json()})
+    folder = tmp_path_factory.mktemp("fork") / "fork"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    write_manifest(folder, {"name": "fork", "accuracy": []})
+    return Fork(folder)

@@ -26,7 +26,7 @@ TWICE = "f = Floats([1, 1, 2, 2])"
 # that are tied to wider ones elsewhere do not
 CASES: dict[str, tuple[str, str, bool]] = {
     "a chain": ("a = Conv(x); r = Relu(a); b = Conv(r, kernel=3); y = Conv(b)", "a r b", True),
-    "depthwise": ("a = Conv(x); b = Conv(a, group=4); y = Conv(b)", "a b", True),
+    "depthwise": ("a = Conv(x); b = Conv(a, kernel=3, group=4); y = Conv(b)", "a b", True),
     "two groups": ("a = Conv(x, out=6); b = Conv(a, into=6, group=2); y = Conv(b)", "a b", True),
     "without bias": ("a = Conv(x, bias=0); y = Conv(a)", "a", True),
     "ConvTranspose": ("a = Deconv(x, out=6); b = Deconv(a, into=6); y = Conv(b)", "a b", True),
@@ -163,7 +163,7 @@ def uneven(graph: Graph) -> None:
         graph.put(
             layer.weight,
             graph.floats(layer.weight)
-            * np.geomspace(0.3, 3, count, dtype=np.float32).reshape(shape),
+            * np.geomspace(0.5, 2, count, dtype=np.float32).reshape(shape),
         )
 
 

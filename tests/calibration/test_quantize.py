@@ -66,8 +66,8 @@ def check_form(int8: Int8) -> None:
     for node in quantizers:
         scale, zero = arrays[node.input[1]], arrays[node.input[2]]
         assert node.input[1] == activation_scale(asked[node.input[0]])
-        assert (scale.dtype, scale.shape) == (np.float32, ())
-        assert (zero.dtype, zero.shape, zero.any()) == (np.int8, (), False)
+        assert scale.dtype == np.float32 and zero.dtype == np.int8
+        assert scale.shape == zero.shape == () and scale > 0 and zero == 0
     dequantizers = [node for node in nodes.values() if node.op_type == "DequantizeLinear"]
     assert len(dequantizers) == len(asked) + len(int8.placement.layers)
     made = {node.name: node for node in nodes.values()}

@@ -29,13 +29,14 @@ from edgeseg.calibration.ranges import Histogram
 from edgeseg.calibration.recipe import Finetuning, QuantizationRecipe
 from edgeseg.calibration.report import QuantizationReport, activation_sqnr_db, layer_reports
 from edgeseg.calibration.sensitivity import LayerDamage, Search
-from edgeseg.dataset import open_dataset
+from edgeseg.dataset import Sample, open_dataset
 from edgeseg.engine import open_engine
 from edgeseg.evaluate import Evaluation
 from edgeseg.onnxfile import OnnxFile
 
 if TYPE_CHECKING:
-    from tests.calibration.conftest import Fork
+    from edgeseg.dataset import Dataset
+    from tests.calibration.conftest import Fork, Workbench
 
 Floats = NDArray[np.float32]
 
@@ -172,6 +173,23 @@ def test_share_that_is_clipped(calibrated: Calibrated, frames: Any) -> None:
         wanted = np.mean(np.abs(values) > layer.threshold)
         assert layer.clipped == pytest.approx(wanted, abs=0.002)
         assert wanted > 0
+
+
+def test_threshold_is_that_of_all_tensors_with_the_same_scale(bench: Workbench) -> None:
+    model = bench.model("""
+        one = Conv(x)
+        two = Conv(x, kernel=3)
+        both = Concat(one, two, axis=1)
+        side = Conv(one)
+        other = Conv(two)
+        logits = Conv(both, into=8)
+    """)
+    frames: Any = bench.pictures(4)
+    calibrated = calibrate(model, frames, RECIPE)
+    alone = [calibrated.thresholds[name] for name in ("one", "two", "both")]
+    assert min(alone) < max(alone)
+    found = {layer.input: layer.threshold for layer in layer_reports(calibrated, (), (), ())}
+    assert {found[name] for name in ("one", "two", "both")} == {max(alone)}
 
 
 HALF = Half(onnx.ModelProto(), ("wide",), {"narrow": "its values reach 1e+05"}, {})
@@ -518,6 +536,39 @@ def test_the_worst_labelled_frames_are_shown(
         loss = losses[block.caption.partition(":")[0]]
         assert f"{loss:.2f} % of pixels differ" in block.caption
         assert f"(\N{MINUS SIGN}{loss:.2f} points)" in block.caption
+
+
+def test_what_is_lost_and_won_has_its_colour(bare: QuantizationReport) -> None:
+    maps = []
+    for bundle in (bare.bundle, bare.quantized):
+        engine = open_engine(bundle, "onnxruntime", threads=1, check=False)
+        maps.append(engine.run(bare.pictures[0]).class_map.copy())
+        engine.close()
+    fp32, int8 = maps
+    labels = np.full_like(fp32, bare.bundle.spec.ignore)
+    labels[:, 0::4], labels[:, 1::4] = fp32[:, 0::4], int8[:, 1::4]
+    # A class that neither gives.
+    labels[:, 2::4] = next(i for i in range(256) if i not in (*fp32.ravel(), *int8.ravel()))
+
+    class One:
+        title, split = "One", "val"
+
+        def __len__(self) -> int:
+            return 1
+
+        def sample(self, index: int) -> Sample:
+            return Sample("it", bare.pictures[0], labels)
+
+    dataset: Dataset = One()  # type: ignore[assignment]
+    (found,) = shown(replace(bare, dataset=dataset).report())
+    drawn = found.items[1].pixels
+    for column, colour in enumerate([(0, 140, 255), (255, 170, 60), (240, 240, 240)] * 2):
+        column += column // 3  # the fourth has no labels
+        differs = (fp32 != int8)[:, column::8]
+        assert differs.any()
+        assert np.array_equal((drawn[:, column::8] == colour).all(axis=2), differs)
+    unlabelled = (fp32 != int8)[:, 3::4]
+    assert np.array_equal((drawn[:, 3::4] == 240).all(axis=2), unlabelled)
 
 
 def test_equal_masks_are_said_to_be_equal(bare: QuantizationReport) -> None:
