@@ -490,7 +490,7 @@ def _quantize(options: argparse.Namespace) -> int:
         recipe = QuantizationRecipe.read(options.recipe)
     given: dict[str, Any] = {"ranges": options.ranges, "frames": options.frames}
     if options.keep_float is not None:
-        given["floats"] = tuple(options.keep_float.split(","))
+        given["floats"] = tuple(name.strip() for name in options.keep_float.split(","))
     if options.half:
         given["half"] = True
     if options.finetune is not None:

@@ -52,7 +52,7 @@ def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _plain(title: str) -> Callable[[int, int], None]:
-    last = time.monotonic()
+    started = last = time.monotonic()
 
     def update(done: int, total: int) -> None:
         nonlocal last
@@ -60,6 +60,14 @@ def _plain(title: str) -> Callable[[int, int], None]:
         if now - last >= _PLAIN_EVERY_S:
             last = now
             of = f" of {total}" if total else ""
-            print(f"{title}: {done}{of}", file=sys.stderr, flush=True)
+            left = f", {_left((now - started) / done * (total - done))}" if total and done else ""
+            print(f"{title}: {done}{of}{left}", file=sys.stderr, flush=True)
 
     return update
+
+
+def _left(seconds: float) -> str:
+    """``seconds`` to go, as a person would say it."""
+    if seconds < 60:
+        return f"about {max(round(seconds), 1)} s left"
+    return f"about {round(seconds / 60)} min left"
