@@ -19,8 +19,9 @@ __all__ = ["Finetuning", "QuantizationRecipe"]
 class Finetuning:
     """How long and how strongly the integers are trained towards the floating-point outputs.
 
-    ``steps`` of ``batch`` frames with Adam; the learning rates (of the weights, and of the
-    logarithms of the activation scales) rise over the first twentieth and fall to 0 along a cosine.
+    ``steps`` of ``batch`` frames with Adam; the learning rates (of the weights, relative to the
+    size of each output channel, and of the logarithms of the activation scales) rise over the first
+    twentieth and fall to 0 along a cosine.
     ``views``: factors on the network size at which the teacher looks at each frame, always also
     mirrored. ``seed`` fixes order and mirroring. ``frames``: more frames than were calibrated with
     may be used, up to so many from each source. ``mixed_precision``: products in bf16, rounding to
@@ -30,7 +31,7 @@ class Finetuning:
 
     steps: int = 600
     batch: int = 4
-    learning_rate: float = 3e-5
+    learning_rate: float = 3e-4
     scale_learning_rate: float = 1e-3
     views: tuple[float, ...] = (1.0, 1.333)
     frames: int = 400

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -178,12 +178,11 @@ def finetune(
     trained = {name for layer in placement.layers for name in (layer.weight, layer.bias)}
     for name, weight in student.weights.items():
         weight.requires_grad_(name in trained)
+    weights = {name: each for name, each in student.weights.items() if name in trained}
+    sizes = _sizes(weights, placement)
     optimiser = torch.optim.Adam(
         [
-            {
-                "params": [each for name, each in student.weights.items() if name in trained],
-                "lr": settings.learning_rate,
-            },
+            {"params": list(weights.values()), "lr": settings.learning_rate},
             {
                 "params": list(student.scale_parameters.values()),
                 "lr": settings.scale_learning_rate,
@@ -220,7 +219,9 @@ def finetune(
             )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
         optimiser.step()
+        _shrink_steps(weights, before, sizes)
         schedule.step()
         if progress is not None:
             progress(step + 1, settings.steps, float(loss.detach()))
@@ -235,6 +236,36 @@ def finetune(
             _save(resume, state)
     student.write_back(model)
     return _taken(graph, placement, scales, Graph(model))
+
+
+def _sizes(weights: Mapping[str, Tensor], placement: Placement) -> dict[str, Tensor]:
+    """Root mean square of each output channel of a weight, and of a bias as a whole."""
+    axes = {layer.weight: layer.axis for layer in placement.layers}
+    found = {}
+    for name, weight in weights.items():
+        squares = weight.detach().square()
+        whole = squares.mean()
+        if name in axes:
+            others = [axis for axis in range(weight.ndim) if axis != axes[name] % weight.ndim]
+            squares = squares.mean(others, keepdim=True)
+        else:
+            squares = whole
+        # A dead channel may come back to life, but slowly.
+        found[name] = torch.maximum(squares, whole * 1e-6).sqrt()
+    return found
+
+
+def _shrink_steps(
+    weights: Mapping[str, Tensor], before: Mapping[str, Tensor], sizes: Mapping[str, Tensor]
+) -> None:
+    """Makes the optimiser's last step relative to the size of what was changed.
+
+    Adam changes every value by about the learning rate. Folded and equalized channels differ in
+    size by orders of magnitude, and a step that one of them does not feel destroys another.
+    """
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(torch.lerp(before[name], weight, sizes[name].expand_as(weight)))
 
 
 def _batch(frames: Sequence[Pixels], chosen: list[int], mirrored: list[bool]) -> Tensor:

@@ -37,7 +37,7 @@ from edgeseg.frame import Pixels
 HEIGHT, WIDTH = 32, 64
 #: The MatMul of the network here takes one width.
 VIEWS = (1.0,)
-SETTINGS = Finetuning(steps=12, batch=2, learning_rate=1e-3, scale_learning_rate=5e-2, views=VIEWS)
+SETTINGS = Finetuning(steps=12, batch=2, learning_rate=1e-2, scale_learning_rate=5e-2, views=VIEWS)
 
 
 def network() -> onnx.ModelProto:
