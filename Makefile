@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := edgeseg export calibration kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all lint format bench gpu clean
+.PHONY: demo test test-all lint format bench bench-int8 gpu clean
 
 demo: $(VENV)/.device
 	$(BIN)/edgeseg demo
@@ -33,6 +33,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_upsample_argmax.py --json benchmarks/results/upsample_argmax.json
 	$(BIN)/python benchmarks/bench_end_to_end.py --json benchmarks/results/end_to_end.json
 	$(BIN)/python benchmarks/bench_start.py --json benchmarks/results/start.json
+
+# Against other quantizers: needs CamVid (DATA=camvid:DIR), Python 3.11, and some GB in build/peers.
+DATA := camvid:camvid
+bench-int8: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_quantization.py --data $(DATA) --memory --json benchmarks/results/quantization.json
 
 # On a bare Linux machine with an NVIDIA GPU, CUDA, torch and nvcc; uses that machine's own Python.
 gpu:
