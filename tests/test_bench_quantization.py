@@ -470,3 +470,26 @@ def test_quick_run_writes_its_figures(bench: Any, tmp_path: Path) -> None:
     assert fp32["convolutions"] == fp32["convolutions_fp32"] == 56
     assert fp32["fps"]["384x480"]["median"] > 0
     assert set(found["end_to_end"]["fps"]) == {"eager", "fp32"}
+
+
+def test_the_docs_have_the_measured_figures() -> None:
+    root = BENCHMARKS.parent
+    page = (root / "docs" / "quantization.md").read_text(encoding="utf-8")
+    found = json.loads((BENCHMARKS / "results" / "quantization.json").read_text(encoding="utf-8"))
+    names = {"fp32 (`streets`)": "fp32", "EdgeSeg (`streets-int8`)": "ours"}
+    rows = {row["candidate"]: row for row in found["rows"]}
+    told = 0
+    for line in page[page.index("## Against other tools") :].splitlines():
+        cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
+        name = names.get(cells[0], cells[0])
+        if name in rows:
+            row = rows[name]
+            assert cells[1:4] == [
+                f"{row['miou']:.4f}",
+                f"{row['drop_points']:.2f}",
+                f"{row['fps']['384x480']['median']:.1f}",
+            ]
+            told += 1
+    assert told >= 8
+    best = max(row["miou"] for name, row in rows.items() if name not in ("fp32", "ours"))
+    assert rows["ours"]["miou"] >= best and rows["ours"]["executed"] == {"i8": 56}
