@@ -42,7 +42,7 @@ from edgeseg.calibration.sensitivity import (
 from edgeseg.dataset import Dataset, open_dataset
 from edgeseg.engine import available_engines, open_engine
 from edgeseg.engine.onnxruntime import recorded_golden
-from edgeseg.errors import CalibrationError, RequestError
+from edgeseg.errors import CalibrationError, EdgeSegError, RequestError
 from edgeseg.evaluate import Evaluation, check_classes
 from edgeseg.frame import Pixels
 from edgeseg.golden import INT8_AGREEMENT
@@ -207,7 +207,13 @@ def quantize_bundle(
     work = target.resolve().parent / f".{target.resolve().name}.quantize"
     _make(work)
     context = _context(request, bundle, [*sets, *more], dataset)
-    calibrated = _calibrated(model, sets, more, recipe, work, context, trainer, stage)
+    try:
+        calibrated = _calibrated(model, sets, more, recipe, work, context, trainer, stage)
+    except EdgeSegError:
+        # A refusal that comes before anything was measured leaves nothing behind.
+        with suppress(OSError):
+            work.rmdir()
+        raise
 
     judged = _spread(Pictures(sets), _JUDGED)
     varied = _spread(Pictures(sets), _HALF_FRAMES) if recipe.half else []

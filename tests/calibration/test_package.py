@@ -315,6 +315,7 @@ def test_wrong_requests_are_refused_before_any_work(
         quantize_bundle(place.request(**wrong.changes), tmp_path / "int8", stage=stages)
     assert stages.seen == [] and not (tmp_path / "int8").exists()
     assert contents(place.fork.folder) == original
+    assert not list(tmp_path.glob(".*.quantize")), "a refusal leaves nothing behind"
 
 
 @pytest.mark.parametrize(
