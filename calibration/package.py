@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ import onnx
 from onnx import helper
 
 from edgeseg import __version__
-from edgeseg.bundle import GOLDEN_KEY, SPEC_KEY, Bundle, new_bundle, write_manifest
+from edgeseg.bundle import GOLDEN_KEY, SPEC_KEY, Bundle, new_bundle, tool_versions, write_manifest
 from edgeseg.calibration.calibrate import Calibrated, Pictures, Stage, calibrate, silent
 from edgeseg.calibration.frames import (
     CalibrationFrames,
@@ -53,6 +51,8 @@ __all__ = ["QuantizeRequest", "Quantized", "Trainer", "quantize_bundle"]
 _JUDGED = 16
 # Pictures that are run to find what overflows fp16: its largest values are common ones.
 _HALF_FRAMES = 24
+# What has an influence on the file.
+_TOOLS = ("numpy", "onnx", "onnxruntime", "openvino", "opencv-python")
 
 
 class Trainer(Protocol):
@@ -339,12 +339,11 @@ def _calibrated(
 
 
 def _checked_model(request: QuantizeRequest, bundle: Bundle) -> onnx.ModelProto:
-    model = onnx.load_model_from_string(bundle.model.content)
-    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+    if bundle.model.is_quantized():
         raise CalibrationError(
             f"{request.bundle} is quantized already; give the floating-point bundle it came from"
         )
-    return model
+    return onnx.load_model_from_string(bundle.model.content)
 
 
 def _check_target(target: Path, bundle: Bundle) -> None:
@@ -413,7 +412,7 @@ def _context(
         "recipe": request.recipe.to_dict(),
         "data": None if dataset is None else _digest(dataset),
         "engine": [request.engine or available_engines()[0], request.threads],
-        "tools": tools(),
+        "tools": _tools(),
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
@@ -483,7 +482,7 @@ def _manifest(
                 "name": bundle.name,
                 "sha256": hashlib.sha256(bundle.model.content).hexdigest(),
             },
-            "tools": {**before.get("tools", {}), **tools()},
+            "tools": {**before.get("tools", {}), **_tools()},
         },
         "accuracy": steps,
         "quantization": {
@@ -522,12 +521,5 @@ def _recorded(frames: CalibrationFrames) -> dict[str, object]:
     }
 
 
-def tools() -> Mapping[str, str]:
-    """Versions of what makes the file."""
-    found = {"python": platform.python_version(), "edgeseg": __version__}
-    for name in ("numpy", "onnx", "onnxruntime", "openvino", "opencv-python"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def _tools() -> dict[str, str]:
+    return {"edgeseg": __version__, **tool_versions(_TOOLS)}

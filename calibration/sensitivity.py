@@ -101,6 +101,7 @@ class Laboratory:
         self._threads = threads
         self._finish = finish
         self._wanted: list[np.ndarray[tuple[int, int], np.dtype[np.uint8]]] | None = None
+        self._proven: dict[tuple[str, Dataset], Evaluation] = {}
 
     def model(self, floats: Collection[str]) -> onnx.ModelProto:
         """The graph with ``floats`` in floating point."""
@@ -135,13 +136,16 @@ class Laboratory:
     def evaluation(
         self, floats: Collection[str], dataset: Dataset, stage: Stage = silent
     ) -> Evaluation:
-        """The graph's accuracy on the whole of ``dataset``."""
+        """The graph's accuracy on the whole of ``dataset``, measured once."""
+        proven = (self._key(floats), dataset)
+        if proven in self._proven:
+            return self._proven[proven]
         engine = self.opened(floats)
         what = "fp32" if len(set(floats)) == len(self.layers) else "INT8"
         with stage(f"proving {what} with {len(set(floats))} layers in floating point") as update:
-            found = evaluate(engine, dataset, progress=update)
+            self._proven[proven] = evaluate(engine, dataset, progress=update)
         engine.close()
-        return found
+        return self._proven[proven]
 
     def miou(self, floats: Collection[str], dataset: Dataset, stage: Stage = silent) -> float:
         """mIoU, 0 to 1, on the whole of ``dataset``."""

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,3 +200,16 @@ def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
     }
     text = json.dumps({"files": files, **entries}, indent=2, sort_keys=True)
     (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def tool_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of those of the distributions ``names`` that are installed."""
+    # Imported here: opening a bundle on the device need not pay for it.
+    import importlib.metadata
+    import platform
+
+    found = {"python": platform.python_version()}
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

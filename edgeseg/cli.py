@@ -593,7 +593,7 @@ def _calibrated_with(quantization: Mapping[str, Any]) -> str:
 
 def _placement(bundle: Bundle) -> Placement | None:
     """What the linter says of a quantized graph; None for floating point, and without onnx."""
-    if b"DequantizeLinear" not in bundle.model.content:
+    if not bundle.model.is_quantized():
         return None
     if importlib.util.find_spec("onnx") is None:
         print(

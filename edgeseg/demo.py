@@ -279,8 +279,7 @@ class _Player:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        quantized = b"QuantizeLinear" in model.bundle.model.content
-        self._precision = "INT8" if quantized else "fp32"
+        self._precision = "INT8" if model.bundle.model.is_quantized() else "fp32"
         self._source = _PortionSource()
         self._pipeline = Pipeline(model.engine, self._source)
         self._results = iter(self._pipeline)

@@ -78,6 +78,14 @@ class OnnxFile:
                 )
         return found
 
+    def is_quantized(self) -> bool:
+        """Whether the graph says itself what is int8: whether it has a DequantizeLinear."""
+        _, graph = self._parts()
+        return any(
+            number == _GRAPH_NODE and self._text(value, _NODE_OP_TYPE) == "DequantizeLinear"
+            for number, _, _, value in graph
+        )
+
     def without_head(self) -> tuple[bytes, Head]:
         """A model that ends with the low-resolution logits, and what the head would have done.
 

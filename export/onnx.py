@@ -386,12 +386,12 @@ def weights_of_bundle(source: str | os.PathLike[str]) -> dict[str, Tensor] | Non
         bundle = Bundle.open(source)
     except BundleError as error:
         raise WeightsError(f"no weights can be read from {source}: {error}") from error
-    model = onnx.load_model_from_string(bundle.model.content)
-    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+    if bundle.model.is_quantized():
         raise WeightsError(
             f"{source} is quantized, and integers are no weights to train or export; "
             "take the floating-point bundle or checkpoint that it was made from"
         )
+    model = onnx.load_model_from_string(bundle.model.content)
     folded = json.loads(bundle.model.metadata().get(WEIGHTS_KEY, "{}"))
     flipped = set(folded.get("flipped", ()))
     weights = {}

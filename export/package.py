@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from torch import nn
 
 from edgeseg import __version__
-from edgeseg.bundle import SHIPPED, Bundle, new_bundle, write_manifest
+from edgeseg.bundle import SHIPPED, Bundle, new_bundle, tool_versions, write_manifest
 from edgeseg.classes import ClassList, class_list
 from edgeseg.dataset import Dataset, open_dataset
 from edgeseg.draw import draw_classes
@@ -36,6 +34,8 @@ __all__ = ["ExportRequest", "Exported", "export_bundle"]
 #: pictures that ``verify`` looks at
 _VERIFIED = 12
 _SHOWN = 4
+# What has an influence on the file.
+_TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "numpy")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def export_bundle(
                     "architecture": architecture,
                     "checkpoint": {"file": weights_path.name, "sha256": checkpoint},
                     "weights_stored_as": "fp16" if request.half_weights else "fp32",
-                    "tools": _tools(),
+                    "tools": tool_versions(_TOOLS),
                     **(provenance or {}),
                 },
                 "verification": verification.to_dict(),
@@ -252,18 +252,6 @@ def _accuracy(
             "miou": None if math.isnan(confusion.miou()) else confusion.miou(),
         },
     )
-
-
-def _tools() -> dict[str, str]:
-    """Versions of what made the file."""
-    names = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "numpy")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _report(

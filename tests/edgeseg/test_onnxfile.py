@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeseg.bundle import GOLDEN_KEY, SPEC_KEY
+from edgeseg.bundle import GOLDEN_KEY, SPEC_KEY, Bundle
 from edgeseg.errors import BundleError
 from edgeseg.onnxfile import HEAD, OnnxFile
 
@@ -235,3 +235,8 @@ def test_read(tmp_path: Path) -> None:
     for missing in (tmp_path / "none.onnx", tmp_path):
         with pytest.raises(BundleError, match=r"cannot be read \("):
             OnnxFile.read(missing)
+
+
+def test_a_graph_says_whether_it_is_quantized() -> None:
+    found = {name: Bundle.open(name).model.is_quantized() for name in ("streets", "streets-int8")}
+    assert found == {"streets": False, "streets-int8": True}
