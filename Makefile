@@ -50,7 +50,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("EdgeSeg needs Python 3.10 or newer, and this is " + sys.version.split()[0] + "; name another with PYTHON=python3.11") if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "The venv module is missing; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 
-$(VENV)/.device: pyproject.toml setup.py requirements/device.txt kernels/cpu.cpp | $(VENV)/bin/python
+$(VENV)/.device: pyproject.toml setup.py requirements/device.txt $(wildcard kernels/cpu/* kernels/include/edgeseg/*) | $(VENV)/bin/python
 	$(PIP) install --quiet -r requirements/device.txt
 	$(PIP) install --quiet --no-deps --editable .
 	touch $@

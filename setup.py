@@ -7,10 +7,12 @@ with ctypes; only its file name is a Python extension's.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from setuptools import Extension, setup
 
 # Kept equal to kernels/build.py by a test. No -march: one binary must run on every machine of its
-# architecture, and cpu.cpp picks the instruction set when it runs.
+# architecture, and the library picks the instruction set when it runs.
 COMPILE_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -25,9 +27,12 @@ setup(
     ext_modules=[
         Extension(
             "edgeseg.kernels._cpu",
-            sources=["kernels/cpu.cpp"],
+            sources=sorted(map(str, Path("kernels/cpu").glob("*.cpp"))),
             include_dirs=["kernels/include"],
-            depends=["kernels/cpu_loops.h", "kernels/include/edgeseg/upsample_argmax.h"],
+            depends=[
+                *map(str, Path("kernels/cpu").glob("*.h")),
+                *map(str, Path("kernels/include/edgeseg").glob("*.h")),
+            ],
             extra_compile_args=COMPILE_FLAGS,
             extra_link_args=["-pthread"],
             language="c++",

@@ -43,7 +43,7 @@ echo "== building the kernels"
 mkdir -p "$build"
 # As kernels/CMakeLists.txt does; no fused multiply-add, so that the bytes are those of the CPU.
 nvcc -std=c++17 -O3 -fmad=false -arch=native -shared -Xcompiler=-fPIC,-fvisibility=hidden \
-  -Ikernels/include kernels/upsample_argmax.cu -o "$build/libedgeseg_cuda.so"
+  -Ikernels/include kernels/cuda/*.cu -o "$build/libedgeseg_cuda.so"
 "$python" -c 'from edgeseg import kernels; print(kernels.build().name)'
 
 echo "== tests marked gpu"

@@ -17,8 +17,8 @@ from edgeseg.errors import KernelError
 
 __all__ = ["ABI_VERSION", "build", "library_candidates"]
 
-ABI_VERSION = 1
-"""What ``edgeseg_abi_version()`` of a fitting library returns; ``kAbiVersion`` in cpu.cpp."""
+ABI_VERSION = 2
+"""What ``edgeseg_abi_version()`` of a fitting library returns; as in cpu/library.cpp."""
 
 # The same list is in setup.py, which cannot import this package before it is installed; a test
 # compares the two. No fused multiply-add: results must not depend on whether a machine has it.
@@ -96,9 +96,9 @@ def build(directory: Path | None = None) -> Path:
     compilation fails.
     """
     compiler = _compiler()
-    source = _SOURCES / "cpu.cpp"
-    if not source.is_file():
-        raise KernelError(f"{source} is missing; reinstall edgeseg.")
+    sources = sorted((_SOURCES / "cpu").glob("*.cpp"))
+    if not sources:
+        raise KernelError(f"The sources in {_SOURCES / 'cpu'} are missing; reinstall edgeseg.")
     if directory is None:
         directory = _target_directory()
     elif not _is_writable(directory):
@@ -109,7 +109,8 @@ def build(directory: Path | None = None) -> Path:
     os.close(handle)
     temporary = Path(name)
     shared = ["-dynamiclib"] if sys.platform == "darwin" else ["-shared"]
-    fixed = [*COMPILE_FLAGS, "-fPIC", *shared, f"-I{_SOURCES / 'include'}", str(source)]
+    fixed = [*COMPILE_FLAGS, "-fPIC", *shared, f"-I{_SOURCES / 'include'}"]
+    fixed += map(str, sources)
     try:
         command = [*compiler, *fixed, "-o", str(temporary)]
         try:
@@ -125,7 +126,7 @@ def build(directory: Path | None = None) -> Path:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         said = next((line for line in lines if "error" in line.lower()), (lines or [""])[0])
         raise KernelError(
-            f"{compiler[0]} could not compile {source.name} (exit code {result.returncode}: "
+            f"{compiler[0]} could not compile the CPU kernels (exit code {result.returncode}: "
             f"{said.strip() or 'no message'}); set CXX to a C++17 compiler, GCC 9 or Clang 10 "
             "or newer."
         )

@@ -210,7 +210,8 @@ def test_wheel_is_whole(tmp_path: Path) -> None:
         "edgeseg/bundles/streets/bundle.json",
         "edgeseg/engine/openvino.py",
         "edgeseg/export/models/bisenetv2.py",
-        "edgeseg/kernels/cpu.cpp",
+        "edgeseg/kernels/cpu/library.cpp",
+        "edgeseg/kernels/cuda/launch.h",
         "edgeseg/kernels/include/edgeseg/upsample_argmax.h",
     ):
         assert file in names

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from numpy.typing import NDArray
 
 from edgeseg import kernels
 from edgeseg.errors import KernelError, RequestError
+from edgeseg.kernels import argmax
+from edgeseg.kernels.launchers import FLOAT32, UINT8, Features
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 HERE = Path(__file__).resolve().parent
@@ -124,7 +125,7 @@ def assert_wins(class_map: Map, values: NDArray[np.float64], tie: float) -> None
 def run(logits: Logits, size: tuple[int, int], flags: int = 0, threads: int = 1) -> Map:
     """Class map and confidence, stacked, with raw flags."""
     result = np.full((2, *size), 254, np.uint8)
-    kernels._run(np.ascontiguousarray(logits), result[0], result[1], flags, threads)
+    argmax._run(np.ascontiguousarray(logits), result[0], result[1], flags, threads)
     return result
 
 
@@ -467,28 +468,11 @@ def test_the_library_checks_its_own_arguments() -> None:
         assert function(*good[:index], bad, *good[index + 1 :]) == 1
 
 
-@pytest.fixture(scope="session")
-def emulated_warp(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The CUDA kernel's own lines, compiled for the CPU on an emulated warp."""
-    if shutil.which("g++") is None:
-        pytest.skip("the warp emulation is compiled with g++, which is not here")
-    target = tmp_path_factory.mktemp("warp") / "warp.so"
-    subprocess.run(
-        ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra",
-         "-Werror", "-Wno-unknown-pragmas", f"-I{KERNELS}", f"-I{KERNELS / 'include'}",
-         str(HERE / "warp_emulation.cpp"), "-o", str(target)],
-        check=True,
-    )  # fmt: skip
-    function = ctypes.CDLL(str(target)).emulated_upsample_argmax
-    function.argtypes = kernels.load().edgeseg_upsample_argmax.argtypes
-    return function
-
-
 @pytest.mark.parametrize("align_corners", CONVENTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("classes", "height", "width", "target_height", "target_width"), CASES)
-def test_cuda_kernel_on_an_emulated_warp_gives_the_cpu_bytes(
-    emulated_warp: Any,
+def test_cuda_kernel_on_an_emulated_gpu_gives_the_cpu_bytes(
+    emulated_cuda: ctypes.CDLL,
     kind: Callable[..., Logits],
     classes: int,
     height: int,
@@ -503,9 +487,11 @@ def test_cuda_kernel_on_an_emulated_warp_gives_the_cpu_bytes(
     expected = run(logits, size, flags)
     for with_confidence, more_flags in [(True, 0), (False, 0), (True, NO_SHORT_CUT)]:
         result = np.full((2, *size), 254, np.uint8)
-        status = emulated_warp(
-            logits.ctypes.data, classes, height, width, result[0].ctypes.data,
-            result[1].ctypes.data if with_confidence else None, *size, flags | more_flags, 2,
+        features = Features.channels_first(logits.ctypes.data, FLOAT32, classes, height, width)
+        status = emulated_cuda.edgeseg_cuda_upsample_argmax(
+            ctypes.byref(features), result[0].ctypes.data,
+            result[1].ctypes.data if with_confidence else None, UINT8, *size, flags | more_flags,
+            None,
         )  # fmt: skip
         assert status == 0
         np.testing.assert_array_equal(result[0], expected[0])
@@ -518,7 +504,7 @@ def test_cuda_kernel_on_an_emulated_warp_gives_the_cpu_bytes(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("classes", "height", "width", "target_height", "target_width"), CASES)
 def test_cuda_gives_the_cpu_bytes(
-    cuda_library: Any,
+    cuda_library: ctypes.CDLL,
     kind: Callable[..., Logits],
     classes: int,
     height: int,
@@ -534,27 +520,10 @@ def test_cuda_gives_the_cpu_bytes(
     flags = ALIGN_CORNERS if align_corners else 0
     on_device = torch.from_numpy(logits).cuda()
     result = torch.full((2, *size), 254, dtype=torch.uint8, device="cuda")
+    features = Features.channels_first(on_device.data_ptr(), FLOAT32, classes, height, width)
     status = cuda_library.edgeseg_cuda_upsample_argmax(
-        ctypes.c_void_p(on_device.data_ptr()), classes, height, width,
-        ctypes.c_void_p(result[0].data_ptr()), ctypes.c_void_p(result[1].data_ptr()), *size, flags,
-        ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+        ctypes.byref(features), result[0].data_ptr(), result[1].data_ptr(), UINT8, *size, flags,
+        torch.cuda.current_stream().cuda_stream,
     )  # fmt: skip
     assert status == 0
     np.testing.assert_array_equal(result.cpu().numpy(), run(logits, size, flags))
-
-
-@pytest.fixture(scope="session")
-def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    torch = pytest.importorskip("torch", reason="torch holds the device memory in this test")
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device: the launcher cannot run")
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc on the path: the launcher cannot be compiled")
-    target = tmp_path_factory.mktemp("cuda") / "libedgeseg_cuda.so"
-    subprocess.run(
-        ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-arch=native", "-shared",
-         "-Xcompiler=-fPIC", f"-I{KERNELS / 'include'}", str(KERNELS / "upsample_argmax.cu"),
-         "-o", str(target)],
-        check=True,
-    )  # fmt: skip
-    return ctypes.CDLL(str(target))

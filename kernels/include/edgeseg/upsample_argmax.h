@@ -1,8 +1,8 @@
 // The arithmetic of EdgeSegUpsampleArgmax: bilinear upsampling of class logits, then the argmax.
 //
-// Everything that decides a result is here, once: the CPU library (cpu.cpp) and the CUDA kernel
-// (upsample_argmax.cu) both include this file and add only loops. Build both without fused
-// multiply-add (-ffp-contract=off, nvcc -fmad=false) and they agree bit for bit.
+// Everything that decides a result is here, once: the CPU library and the CUDA kernel both include
+// this file and add only loops. Build both without fused multiply-add (-ffp-contract=off, nvcc
+// -fmad=false) and they agree bit for bit.
 //
 // Definition, for logits (classes, height, width) float32:
 //   value(c, y, x)  = bilinear interpolation of logits[c] at the source position of (y, x)
@@ -23,14 +23,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__CUDACC__)
-#define EDGESEG_HD __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
-// Always inlined, so that the code takes on the instruction set of the loop that calls it.
-#define EDGESEG_HD inline __attribute__((always_inline))
-#else
-#define EDGESEG_HD inline
-#endif
+#include "edgeseg/host_device.h"
 
 namespace edgeseg {
 
@@ -46,8 +39,6 @@ constexpr float kMinusInfinity = -__builtin_huge_valf();
 // Flags of the extern "C" entry points.
 constexpr int32_t kAlignCorners = 1;  // else half-pixel centres
 constexpr int32_t kNoShortCut = 2;    // every class at every pixel: the reference for tests
-constexpr int32_t kPortableCode = 4;  // CPU: the code that runs anywhere, for tests
-constexpr int32_t kAvx2Code = 8;      // CPU: at most AVX2, for tests
 
 // One axis of the upsampling: `source` samples stretched to `target` positions. The source position
 // of a target position is a fraction of integers, so it is exact for any factor and the same on

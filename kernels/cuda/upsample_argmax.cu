@@ -1,12 +1,10 @@
 // EdgeSegUpsampleArgmax on CUDA: one thread per low-resolution cell to find the cells that one
 // class wins outright, one warp per cell for the rest. Device pointers and a stream; allocates
-// nothing, waits for nothing. Build with -fmad=false: the results are then those of cpu.cpp.
+// nothing, waits for nothing. Build with -fmad=false: the results are then those of the CPU
+// library.
 
 #include "edgeseg/upsample_argmax.h"
-
-#if defined(__CUDACC__)
-#include <cuda_runtime.h>
-#endif
+#include "launch.h"
 
 namespace edgeseg {
 namespace {
@@ -214,41 +212,27 @@ bool is_side(int32_t side) { return side >= 1 && side <= kMaxSide; }
 }  // namespace
 }  // namespace edgeseg
 
-#if defined(__CUDACC__)
-
-// As edgeseg_upsample_argmax of cpu.cpp, with device pointers, on `stream`. Returns a cudaError_t:
-// 0 once the work is queued.
-extern "C" __attribute__((visibility("default"))) int32_t
-edgeseg_cuda_upsample_argmax(const float* logits, int32_t classes, int32_t height, int32_t width,
-                             uint8_t* class_map, uint8_t* confidence, int32_t target_height,
-                             int32_t target_width, int32_t flags, cudaStream_t stream) {
+EDGESEG_LAUNCHER edgeseg_cuda_upsample_argmax(const edgeseg::Features* logits, void* class_map,
+                                              void* confidence, int32_t output_type,
+                                              int32_t target_height, int32_t target_width,
+                                              int32_t flags, void* stream) {
   using namespace edgeseg;
-  if (logits == nullptr || class_map == nullptr || classes < 1 || classes > kMaxClasses ||
-      !is_side(height) || !is_side(width) || !is_side(target_height) || !is_side(target_width) ||
-      (flags & ~(kAlignCorners | kNoShortCut)) != 0) {
+  if (logits == nullptr || logits->data == nullptr || class_map == nullptr ||
+      logits->channels < 1 || logits->channels > kMaxClasses || !is_side(logits->height) ||
+      !is_side(logits->width) || !is_side(target_height) || !is_side(target_width) ||
+      (flags & ~(kAlignCorners | kNoShortCut)) != 0 || output_type != kUint8 ||
+      logits->type != kFloat32) {
     return cudaErrorInvalidValue;
   }
   const bool align_corners = (flags & kAlignCorners) != 0;
-  const UpsampleArgmax job = {logits,
-                              classes,
-                              class_map,
-                              confidence,
-                              {height, target_height, align_corners},
-                              {width, target_width, align_corners},
+  const UpsampleArgmax job = {static_cast<const float*>(logits->data),
+                              logits->channels,
+                              static_cast<uint8_t*>(class_map),
+                              static_cast<uint8_t*>(confidence),
+                              {logits->height, target_height, align_corners},
+                              {logits->width, target_width, align_corners},
                               (flags & kNoShortCut) == 0};
-  constexpr int64_t kBlock = kWarp * kWarpsPerBlock;
-  const int64_t cells = static_cast<int64_t>(height) * width;
-  const int64_t wanted = (cells + kBlock - 1) / kBlock;
-  constexpr int64_t kMostBlocks = 65535;
-  const dim3 blocks(static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks));
-  // A pending error of someone else's call must not be reported as this one's.
-  (void)cudaGetLastError();
-  upsample_argmax_kernel<<<blocks, static_cast<unsigned>(kBlock), 0, stream>>>(job);
-  return cudaGetLastError();
+  constexpr int32_t kBlock = kWarp * kWarpsPerBlock;
+  const int64_t cells = static_cast<int64_t>(logits->height) * logits->width;
+  return launch<upsample_argmax_kernel>(ceil_div(cells, kBlock), kBlock, stream, job);
 }
-
-extern "C" __attribute__((visibility("default"))) int32_t edgeseg_cuda_abi_version(void) {
-  return 1;
-}
-
-#endif  // __CUDACC__

@@ -1,5 +1,6 @@
-// The loops of the CPU library for one instruction set. Included by cpu.cpp only, once per set,
-// with EDGESEG_ISA (the namespace) and EDGESEG_LANES (floats per vector); no include guard.
+// The loops of EdgeSegUpsampleArgmax for one instruction set. Included by upsample_argmax.cpp only,
+// once per set, with EDGESEG_ISA (the namespace) and EDGESEG_LANES (floats per vector); no include
+// guard.
 
 namespace {
 namespace EDGESEG_ISA {

@@ -1,0 +1,69 @@
+// What every launcher has in common: sizes of grids, and the launch itself.
+//
+// The .cu files also compile as plain C++ on an emulation of CUDA, for tests on a machine without a
+// GPU: whoever does that defines EDGESEG_CUDA_EMULATION and gives cuda_emulation.h.
+
+#ifndef EDGESEG_CUDA_LAUNCH_H_
+#define EDGESEG_CUDA_LAUNCH_H_
+
+#include <stdint.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "edgeseg/launchers.h"
+
+#if defined(EDGESEG_CUDA_EMULATION)
+#include "cuda_emulation.h"
+#define EDGESEG_LAUNCH(kernel, blocks, threads, stream, ...) \
+  cuda_emulation::launch(kernel, blocks, threads, __VA_ARGS__)
+#else
+#include <cuda_runtime.h>
+#define EDGESEG_LAUNCH(kernel, blocks, threads, stream, ...) \
+  kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#endif
+
+namespace edgeseg {
+
+// Blocks of `threads` for a kernel with grid-stride loops: `wanted`, or fewer when the device
+// cannot hold so many at once. The device is asked once for each kernel.
+template <auto Kernel>
+cudaError_t blocks_for(int64_t wanted, int32_t threads, unsigned* blocks) {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int32_t> most_on[kMaxDevices];
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  int32_t most = device < kMaxDevices ? most_on[device].load() : 0;
+  if (most == 0) {
+    int processors = 0;
+    int blocks_each = 0;
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return error;
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, Kernel, threads, 0);
+    if (error != cudaSuccess) return error;
+    most = std::max(processors * blocks_each, 1);
+    if (device < kMaxDevices) most_on[device].store(most);
+  }
+  *blocks = static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, most));
+  return cudaSuccess;
+}
+
+inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// Queues a kernel with as many blocks as `wanted` and the device allow; returns what CUDA says. A
+// pending error of someone else's call is not reported as this one's.
+template <auto Kernel, class... Arguments>
+int32_t launch(int64_t wanted, int32_t threads, void* stream, const Arguments&... arguments) {
+  (void)stream;
+  unsigned blocks = 0;
+  const cudaError_t error = blocks_for<Kernel>(wanted, threads, &blocks);
+  if (error != cudaSuccess) return error;
+  (void)cudaGetLastError();
+  EDGESEG_LAUNCH(Kernel, blocks, static_cast<unsigned>(threads), stream, arguments...);
+  return cudaGetLastError();
+}
+
+}  // namespace edgeseg
+
+#endif  // EDGESEG_CUDA_LAUNCH_H_
