@@ -1,10 +1,11 @@
 """An ONNX file as a device needs it: read its metadata, take off or write out its head.
 
-The device side does without the ``onnx`` package, and three things are all it has to do with the
+The device side does without the ``onnx`` package, and a few things are all it has to do with the
 file itself: read ``metadata_props``; cut the graph before ``EdgeSegUpsampleArgmax``, so that the
-compiled kernel takes over; or replace that node by its function body, for libraries that know no
-model-local functions. Each is a matter of moving whole protobuf fields, so that is what this does:
-fields it has no business with are copied as they are, byte for byte.
+compiled kernel takes over; replace that node by its function body, for libraries that know no
+model-local functions; or hand EdgeSeg's nodes to TensorRT's plugins. Each is a matter of moving
+whole protobuf fields, so that is what this does: fields it has no business with are copied as they
+are, byte for byte.
 
 Field numbers: onnx/onnx.proto (ONNX IR 10). Wire format: the Protocol Buffers encoding guide.
 """
@@ -18,7 +19,12 @@ from pathlib import Path
 
 from edgeseg.errors import BundleError
 
-__all__ = ["HEAD", "Head", "OnnxFile"]
+__all__ = ["DOMAIN", "HEAD", "PLUGIN_VERSION", "Head", "OnnxFile"]
+
+#: domain of EdgeSeg's operators, and namespace of the TensorRT plugins for them
+DOMAIN = "edgeseg"
+#: version under which those plugins register
+PLUGIN_VERSION = "1"
 
 #: op type of the upsampling head (domain ``edgeseg``)
 HEAD = "EdgeSegUpsampleArgmax"
@@ -28,9 +34,12 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MODEL_GRAPH, _MODEL_METADATA, _MODEL_FUNCTION = 7, 14, 25
 _GRAPH_NODE, _GRAPH_OUTPUT = 1, 12
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
-_ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_REFERENCE = 1, 3, 21
+_NODE_DOMAIN = 7
+_ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_STRING, _ATTRIBUTE_TYPE = 1, 3, 4, 20
+_ATTRIBUTE_REFERENCE = 21
+_TYPE_INT, _TYPE_STRING = 2, 3  # AttributeProto.AttributeType
 _FUNCTION_NAME, _FUNCTION_INPUT, _FUNCTION_OUTPUT, _FUNCTION_NODE = 1, 4, 5, 7
-_FLOAT = 1  # TensorProto.DataType
+_FLOAT, _UINT8 = 1, 2  # TensorProto.DataType
 
 #: one protobuf field: its number, its wire type, and its value (an int, or the bytes)
 Field = tuple[int, int, int, bytes]
@@ -142,6 +151,74 @@ class OnnxFile:
                 written.extend(self._body(function, field[3], f"edgeseg_{index}_"))
         return _rewritten(model, written)
 
+    def for_tensorrt(self, *, plugins: bool) -> bytes:
+        """The model as TensorRT's parser has to see it, with or without EdgeSeg's plugins.
+
+        Which of the two runs must not depend on the parser: given a plugin and a function of one
+        name, releases before 10.7 and from 10.15 take the function and those between the plugin. So
+        with ``plugins`` the functions are gone, and the nodes of domain ``edgeseg`` name the plugin
+        library's version and namespace; without, they are replaced by the functions' bodies.
+
+        TensorRT makes uint8 of floating-point tensors only (DataType.UINT8): the plugins give half,
+        and the bodies, which give int32, get a Cast to float in between.
+        """
+        return self._with_plugins() if plugins else self._casting_from_float(self.inlined())
+
+    def has_operators(self) -> bool:
+        """Whether any node is of domain ``edgeseg``: whether plugins would have work to do."""
+        _, graph = self._parts()
+        return any(
+            number == _GRAPH_NODE and self._text(value, _NODE_DOMAIN) == DOMAIN
+            for number, _, _, value in graph
+        )
+
+    def _with_plugins(self) -> bytes:
+        model, graph = self._parts()
+        written: list[Field] = []
+        for field in graph:
+            node = field[3]
+            if field[0] != _GRAPH_NODE or self._text(node, _NODE_DOMAIN) != DOMAIN:
+                written.append(field)
+                continue
+            added = [_string("plugin_version", PLUGIN_VERSION), _string("plugin_namespace", DOMAIN)]
+            if self._text(node, _NODE_OP_TYPE) == HEAD:
+                # A plugin has to know how many outputs it has before it sees the graph.
+                outputs = len(self._texts(node, _NODE_OUTPUT))
+                added.append(_integer("confidence", int(outputs > 1)))
+            attributes = [(_NODE_ATTRIBUTE, _BYTES, 0, attribute) for attribute in added]
+            written.append((_GRAPH_NODE, _BYTES, 0, _joined([*self._fields(node), *attributes])))
+        return _rewritten(model, written)
+
+    def _casting_from_float(self, content: bytes) -> bytes:
+        """``content`` with a Cast to float before every Cast to uint8."""
+        model, graph = OnnxFile(content, self.name)._parts()
+        written: list[Field] = []
+        for field in graph:
+            node = field[3]
+            if field[0] == _GRAPH_NODE and self._cast_target(node) == _UINT8:
+                (source,) = self._texts(node, _NODE_INPUT)
+                between = f"{source}.as_float"
+                written.append((_GRAPH_NODE, _BYTES, 0, _cast_node(source, between, _FLOAT)))
+                node = _joined(
+                    [
+                        (
+                            number,
+                            wire,
+                            integer,
+                            between.encode() if number == _NODE_INPUT else value,
+                        )
+                        for number, wire, integer, value in self._fields(node)
+                    ]
+                )
+            written.append((field[0], field[1], field[2], node))
+        return _rewritten(model, written)
+
+    def _cast_target(self, node: bytes) -> int | None:
+        """The element type that a Cast node gives, None for other nodes."""
+        if self._text(node, _NODE_OP_TYPE) != "Cast" or self._text(node, _NODE_DOMAIN):
+            return None
+        return self._named_integers(node).get("to")
+
     def _body(self, function: bytes, call: bytes, prefix: str) -> Iterator[Field]:
         """The nodes of ``function`` with the names and attributes of ``call``."""
         names = dict(
@@ -208,15 +285,20 @@ class OnnxFile:
         return model, list(self._fields(graphs[0]))
 
     def _integers(self, node: bytes) -> dict[str, int]:
+        """The attributes of the head's ``node`` as integers; BundleError where one is missing."""
+        found = self._named_integers(node)
+        for name in ("height", "width", "align_corners"):
+            if name not in found:
+                raise BundleError(f"{self.name}: {HEAD} has no attribute {name}")
+        return found
+
+    def _named_integers(self, node: bytes) -> dict[str, int]:
         """The attributes of ``node`` as integers; 0 where one has no integer value."""
         found = {}
         for number, _, _, value in self._fields(node):
             if number == _NODE_ATTRIBUTE:
                 integers = [field[2] for field in self._fields(value) if field[0] == _ATTRIBUTE_INT]
                 found[self._text(value, _ATTRIBUTE_NAME)] = integers[0] if integers else 0
-        for name in ("height", "width", "align_corners"):
-            if name not in found:
-                raise BundleError(f"{self.name}: {HEAD} has no attribute {name}")
         return found
 
     def _texts(self, message: bytes, number: int) -> list[str]:
@@ -292,6 +374,41 @@ def _float_value_info(name: str) -> bytes:
     tensor = _joined([(1, _VARINT, _FLOAT, b""), (2, _BYTES, 0, shape)])
     kind = _joined([(1, _BYTES, 0, tensor)])
     return _joined([(1, _BYTES, 0, name.encode()), (2, _BYTES, 0, kind)])
+
+
+def _cast_node(source: str, target: str, element_type: int) -> bytes:
+    """A NodeProto: Cast of tensor ``source`` to ``element_type``, called ``target``."""
+    return _joined(
+        [
+            (_NODE_INPUT, _BYTES, 0, source.encode()),
+            (_NODE_OUTPUT, _BYTES, 0, target.encode()),
+            (_NODE_NAME, _BYTES, 0, target.encode()),
+            (_NODE_OP_TYPE, _BYTES, 0, b"Cast"),
+            (_NODE_ATTRIBUTE, _BYTES, 0, _integer("to", element_type)),
+        ]
+    )
+
+
+def _integer(name: str, value: int) -> bytes:
+    """An AttributeProto."""
+    return _joined(
+        [
+            (_ATTRIBUTE_NAME, _BYTES, 0, name.encode()),
+            (_ATTRIBUTE_INT, _VARINT, value, b""),
+            (_ATTRIBUTE_TYPE, _VARINT, _TYPE_INT, b""),
+        ]
+    )
+
+
+def _string(name: str, value: str) -> bytes:
+    """An AttributeProto."""
+    return _joined(
+        [
+            (_ATTRIBUTE_NAME, _BYTES, 0, name.encode()),
+            (_ATTRIBUTE_STRING, _BYTES, 0, value.encode()),
+            (_ATTRIBUTE_TYPE, _VARINT, _TYPE_STRING, b""),
+        ]
+    )
 
 
 def _joined(fields: list[Field]) -> bytes:

@@ -24,6 +24,9 @@ WAYS: tuple[Callable[[OnnxFile], object], ...] = (
     OnnxFile.metadata,
     OnnxFile.without_head,
     OnnxFile.inlined,
+    OnnxFile.has_operators,
+    lambda file: file.for_tensorrt(plugins=True),
+    lambda file: file.for_tensorrt(plugins=False),
 )
 
 
@@ -106,6 +109,59 @@ def test_inlined(network: Tiny) -> None:
         np.testing.assert_array_equal(ours, theirs)
         np.testing.assert_array_equal(ours, original)
     np.testing.assert_array_equal(run(inlined, image)[0][0], network.class_map(image))
+
+
+def test_for_tensorrt_with_plugins(network: Tiny) -> None:
+    content = network.content()
+    model = onnx.load_model_from_string(OnnxFile(content).for_tensorrt(plugins=True))
+    original = onnx.load_model_from_string(content)
+    # A function of a plugin's name would make the parser's release decide which of them runs.
+    assert len(model.functions) == 0
+    assert [node.op_type for node in model.graph.node] == [
+        node.op_type for node in original.graph.node
+    ]
+    for node, before in zip(model.graph.node, original.graph.node, strict=True):
+        found = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+        if node.op_type != HEAD:
+            assert node == before
+            continue
+        assert found == {
+            "height": 32,
+            "width": 48,
+            "align_corners": int(network.align_corners),
+            "plugin_version": b"1",
+            "plugin_namespace": b"edgeseg",
+            "confidence": int(network.spec.confidence),
+        }
+        assert (node.input, node.output) == (before.input, before.output)
+
+
+def test_for_tensorrt_without_plugins(network: Tiny) -> None:
+    content = network.content()
+    written = OnnxFile(content).for_tensorrt(plugins=False)
+    model = parsed(written)
+    assert len(model.functions) == 0
+    assert all(not node.domain for node in model.graph.node)
+    types = onnx.shape_inference.infer_shapes(model)
+    element_of = {value.name: value.type.tensor_type.elem_type for value in types.graph.value_info}
+    to_bytes = [
+        node
+        for node in model.graph.node
+        if node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.UINT8
+    ]
+    assert len(to_bytes) == 1 + network.spec.confidence
+    for node in to_bytes:
+        assert element_of[node.input[0]] == onnx.TensorProto.FLOAT
+    image = network.picture(3)
+    for ours, theirs in zip(run(written, image), run(content, image), strict=True):
+        assert ours.dtype == np.uint8
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_has_operators(tiny: Tiny) -> None:
+    file = OnnxFile(tiny.content())
+    assert file.has_operators()
+    assert not OnnxFile(file.inlined()).has_operators()
 
 
 def test_everything_else_is_left_as_it_is(tiny: Tiny) -> None:
