@@ -6,15 +6,15 @@ BIN := $(VENV)/bin
 SOURCES := edgeseg export calibration kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all lint format bench bench-int8 gpu clean
+.PHONY: demo test test-all lint lint-tensorrt tensorrt-stubs format bench bench-int8 gpu nvcc clean
 
 demo: $(VENV)/.device
 	$(BIN)/edgeseg demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev tensorrt-stubs
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.dev tensorrt-stubs
 	$(BIN)/python -m pytest -m "not gpu"
 
 lint: $(VENV)/.dev
@@ -23,6 +23,19 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.cu' '*.h')
+
+# The code that knows TensorRT against the signatures of four releases; needs no TensorRT.
+lint-tensorrt: $(VENV)/.dev
+	$(BIN)/python tests/tensorrt/stubs.py --check
+
+# From wheels of some MB, downloaded once; where that cannot be, a line says so and tests skip.
+tensorrt-stubs: $(VENV)/.dev
+	$(BIN)/python tests/tensorrt/stubs.py
+
+# The compiler of the CUDA kernels: this machine's own, or 300 MB from the package index.
+nvcc: $(VENV)/.dev
+	@command -v nvcc || ls "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" 2>/dev/null || \
+	    $(PIP) install --quiet -r requirements/nvcc.txt
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

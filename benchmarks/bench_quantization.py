@@ -60,6 +60,7 @@ from edgeseg import kernels
 from edgeseg.bundle import Bundle
 from edgeseg.dataset import Dataset, open_dataset
 from edgeseg.engine import Engine
+from edgeseg.engine.base import OneAtATime
 from edgeseg.engine.head import checked_input, run_head
 from edgeseg.errors import EdgeSegError
 from edgeseg.evaluate import Evaluation, evaluate
@@ -218,7 +219,7 @@ class Candidate:
     seconds: float | None = None
 
 
-class OpenVinoNetwork:
+class OpenVinoNetwork(OneAtATime):
     """A candidate on OpenVINO with the compiled head, at any ``size`` (height, width).
 
     Keeps `edgeseg.engine.base.Engine`'s contract. The same options as EdgeSeg's own engine.
@@ -269,7 +270,7 @@ class OpenVinoNetwork:
         self._request = self._logits = None
 
 
-class OnnxRuntimeNetwork:
+class OnnxRuntimeNetwork(OneAtATime):
     """A candidate on ONNX Runtime with the compiled head, at the size of its file."""
 
     name = "onnxruntime"

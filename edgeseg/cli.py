@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from edgeseg import __version__
-from edgeseg.errors import EdgeSegError, SinkError
+from edgeseg.errors import EdgeSegError, RequestError, SinkError
 from edgeseg.jsonfile import json_text, write_json
 from edgeseg.progress import progress
 
@@ -225,8 +225,33 @@ def _parser() -> argparse.ArgumentParser:
     doctor = _command(commands, "doctor", _doctor, "say what is here, and what is missing")
     _add_json(doctor)
 
-    kernels = _command(commands, "kernels", _kernels, "build the compiled kernels")
+    kernels = _command(
+        commands, "kernels", _kernels, "build the compiled kernels; by default those for the CPU"
+    )
     kernels.add_argument("action", choices=("build",))
+    which = kernels.add_mutually_exclusive_group()
+    which.add_argument(
+        "--cuda", action="store_true", help="the CUDA library; needs CMake and nvcc, and a minute"
+    )
+    which.add_argument(
+        "--tensorrt",
+        action="store_true",
+        help="the CUDA library and the TensorRT plugins; needs TensorRT's headers too",
+    )
+    kernels.add_argument(
+        "--tensorrt-headers",
+        metavar="DIR",
+        help="folder of NvInferRuntime.h (goes with --tensorrt); the usual places otherwise",
+    )
+    kernels.add_argument(
+        "--arch",
+        metavar="LIST",
+        help="compute capabilities of the GPUs to build for, such as 87 or 87,110; "
+        "those that are here otherwise",
+    )
+    kernels.add_argument(
+        "-o", "--output", metavar="DIR", help="where to; where engines look for it otherwise"
+    )
     return parser
 
 
@@ -619,7 +644,21 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _kernels(options: argparse.Namespace) -> int:
-    from edgeseg.kernels import build
+    from edgeseg.kernels.build import build, build_cuda, build_tensorrt
 
-    print(f"built {build()}")
+    directory = None if options.output is None else Path(options.output)
+    headers = None if options.tensorrt_headers is None else Path(options.tensorrt_headers)
+    architectures = None if options.arch is None else options.arch.split(",")
+    if headers is not None and not options.tensorrt:
+        raise RequestError("--tensorrt-headers goes with --tensorrt, which was not given.")
+    if architectures is not None and not (options.cuda or options.tensorrt):
+        raise RequestError("--arch goes with --cuda or --tensorrt, and neither was given.")
+    if options.tensorrt:
+        made = list(build_tensorrt(directory, headers, architectures))
+    elif options.cuda:
+        made = [build_cuda(directory, architectures)]
+    else:
+        made = [build(directory)]
+    for path in made:
+        print(f"built {path}")
     return 0

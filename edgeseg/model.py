@@ -9,6 +9,7 @@ from typing import Any
 
 from edgeseg.bundle import Bundle
 from edgeseg.engine import Engine, open_engine
+from edgeseg.engine.device_frame import frame_of
 from edgeseg.frame import Frame
 from edgeseg.geometry import Geometry
 from edgeseg.pipeline import Pipeline
@@ -44,11 +45,13 @@ class Model:
     def __call__(self, frame: Any) -> SemanticResult:
         """The classes of one frame: any (height, width, 3) uint8 BGR array, or a ``Frame``.
 
-        FrameError, with the conversion to use, for anything else.
+        An array is numpy's, or has DLPack or a CUDA array interface; one on the GPU is read there
+        by TensorRT, and copied to the host for other engines. FrameError, with the conversion to
+        use, for anything else.
         """
-        taken = frame if isinstance(frame, Frame) else Frame.of(frame)
+        taken = frame if isinstance(frame, Frame) else frame_of(frame)
         geometry = Geometry.between(taken.height, taken.width, self.spec)
-        outputs = self._engine.run(geometry.fit(taken.pixels))
+        outputs = self._engine.submit(self._engine.prepare(taken, geometry)).outputs()
         return SemanticResult.from_outputs(outputs, taken, geometry, self.spec)
 
     def stream(

@@ -12,11 +12,11 @@ from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
-from edgeseg.engine.base import Engine
+from edgeseg.engine.base import Engine, Pending, Prepared
 from edgeseg.errors import RequestError
-from edgeseg.frame import Frame, Pixels, checked_pixels
+from edgeseg.frame import Frame
 from edgeseg.geometry import Geometry
-from edgeseg.result import SemanticResult
+from edgeseg.result import Outputs, SemanticResult
 from edgeseg.source import Source
 
 __all__ = ["STAGES", "Ledger", "MaskAge", "Pipeline", "Stage", "StageTimes", "Summary"]
@@ -90,10 +90,12 @@ class Summary:
 class Ledger:
     """Times and counts of one run; every method may be called from any thread.
 
-    ``capture`` is the time inside the source, waiting for a live one included; ``fit`` the resize
-    to network size; ``network`` and ``head`` what the engine reports (a head of 0 runs inside the
-    network); ``restore`` brings the class map back to frame size; ``output`` is drawing and
-    writing, which the caller records. Percentiles cover the latest 20 000 frames, counts all.
+    ``capture`` is the time inside the source, waiting for a live one included; ``fit`` the way to
+    network size and, on a GPU, into its memory; ``network`` and ``head`` what the engine reports (a
+    head of 0 runs inside the network); ``restore`` brings the class map back to frame size;
+    ``output`` is drawing and writing, which the caller records. Waiting in line, for the engine or
+    for the caller, is in no stage; mask age has it. Percentiles cover the latest 20 000 frames,
+    counts all.
     """
 
     def __init__(self) -> None:
@@ -155,7 +157,7 @@ class Ledger:
             self._times[stage].append(ns)
 
     def count_finished(self, result: SemanticResult, restore_ns: int) -> None:
-        """Counts one finished mask, with the engine's times and its age."""
+        """Counts one finished mask, with its age and the engine's times in network and head."""
         with self._lock:
             self._times["network"].append(result.outputs.network_ns)
             self._times["head"].append(result.outputs.head_ns)
@@ -213,10 +215,12 @@ class Ledger:
 class Pipeline:
     """The results of a source's frames, in order; iterate it once.
 
-    A capture thread reads and fits frames, an inference thread makes masks, the caller's loop
-    draws and writes. From a file or a folder nothing is dropped: at most ``depth`` frames wait
-    between two stages. From a live source the newest frame wins: one that was not processed when
-    the next came is dropped and counted, and so is a mask that the caller did not take in time.
+    A capture thread reads frames and prepares them, an inference thread hands them to the engine,
+    as many as it takes at once, a third waits for the masks and brings them to frame size, the
+    caller's loop draws and writes. From a file or a folder nothing is dropped: at most ``depth``
+    frames wait between two stages. From a live source the newest frame wins: one that was not
+    processed when the next came is dropped and counted, and so is a mask that the caller did not
+    take in time. A mask is given out when it is finished, whether or not another frame comes.
 
     ``max_frames`` ends the iteration after so many results. What goes wrong in a thread is raised
     in the caller's loop, after the results that were finished before. Use it in ``with``: leaving
@@ -239,7 +243,11 @@ class Pipeline:
         self._max_frames = max_frames
         self._ledger = Ledger()
         newest_only = source.live
-        self._fitted: _Channel[_Fitted] = _Channel(1 if newest_only else depth, newest_only)
+        self._waiting: _Channel[_Waiting] = _Channel(1 if newest_only else depth, newest_only)
+        # Frames inside the engine. Only `_room` limits them: a frame is taken from the source's
+        # side when the engine has room for it and not before, so that it is the newest.
+        self._flying: _Channel[_Flying] = _Channel(engine.frames_in_flight, newest_only=False)
+        self._room = threading.Semaphore(engine.frames_in_flight)
         self._results: _Channel[SemanticResult] = _Channel(1 if newest_only else depth, newest_only)
         self._threads: list[tuple[threading.Thread, float]] = []
         self._started = False
@@ -271,7 +279,7 @@ class Pipeline:
         if self._closed:
             return
         self._closed = True
-        self._fitted.abandon()
+        self._waiting.abandon()
         self._results.abandon()
         self._source.close()
         for thread, grace_s in self._threads:
@@ -295,11 +303,16 @@ class Pipeline:
             return
         capture = threading.Thread(target=self._capture, name="edgeseg-capture", daemon=True)
         inference = threading.Thread(target=self._infer, name="edgeseg-inference", daemon=True)
-        self._threads = [(capture, _CAPTURE_GRACE_S), (inference, _INFERENCE_GRACE_S)]
+        finishing = threading.Thread(target=self._finish, name="edgeseg-finishing", daemon=True)
+        self._threads = [
+            (capture, _CAPTURE_GRACE_S),
+            (inference, _INFERENCE_GRACE_S),
+            (finishing, _INFERENCE_GRACE_S),
+        ]
         self._ledger.start()
         try:
-            capture.start()
-            inference.start()
+            for thread, _ in self._threads:
+                thread.start()
             taken = 0
             while (result := self._results.get()) is not None:
                 yield result
@@ -312,25 +325,25 @@ class Pipeline:
             self.close()
 
     def _capture(self) -> None:
-        """Body of the capture thread: source -> fitted frames."""
+        """Body of the capture thread: source -> prepared frames."""
         error: BaseException | None = None
         try:
+            engine, spec = self._engine, self._engine.spec
             geometries: dict[tuple[int, int], Geometry] = {}
             for frame in self._timed(self._source):
                 started_ns = time.perf_counter_ns()
-                size = checked_pixels(frame.pixels).shape[:2]
-                geometry = geometries.get((size[0], size[1]))
+                size = (frame.height, frame.width)
+                geometry = geometries.get(size)
                 if geometry is None:
-                    geometry = Geometry.between(size[0], size[1], self._engine.spec)
-                    geometries[(size[0], size[1])] = geometry
-                fitted = _Fitted(frame, geometry, geometry.fit(frame.pixels))
-                self._ledger.record("fit", time.perf_counter_ns() - started_ns)
-                if self._fitted.put(fitted):
+                    geometry = geometries[size] = Geometry.between(*size, spec)
+                prepared = engine.prepare(frame, geometry)
+                prepare_ns = time.perf_counter_ns() - started_ns
+                if self._waiting.put(_Waiting(frame, geometry, prepared, prepare_ns)):
                     self._ledger.count_dropped()
         except BaseException as raised:
             error = raised
         finally:
-            self._fitted.finish(error)
+            self._waiting.finish(error)
 
     def _timed(self, frames: Iterable[Frame]) -> Iterator[Frame]:
         """The frames that are to be processed, the time inside the source recorded."""
@@ -338,7 +351,7 @@ class Pipeline:
         limit = None if self._source.live else self._max_frames
         iterator = iter(frames)
         read = 0
-        while read != limit and not self._fitted.abandoned:
+        while read != limit and not self._waiting.abandoned:
             started_ns = time.perf_counter_ns()
             frame = next(iterator, None)
             if frame is None:
@@ -348,23 +361,67 @@ class Pipeline:
             yield frame
 
     def _infer(self) -> None:
-        """Body of the inference thread: fitted frames -> results."""
+        """Body of the inference thread: prepared frames -> frames inside the engine."""
         error: BaseException | None = None
         try:
-            engine, spec = self._engine, self._engine.spec
-            while (fitted := self._fitted.get()) is not None:
-                outputs = engine.run(fitted.pixels)
-                started_ns = time.perf_counter_ns()
-                result = SemanticResult.from_outputs(outputs, fitted.frame, fitted.geometry, spec)
-                self._ledger.count_finished(result, time.perf_counter_ns() - started_ns)
-                if self._results.put(result):
-                    self._ledger.count_superseded()
+            while True:
+                self._room.acquire()
+                waiting = self._waiting.get()
+                if waiting is None:
+                    break
+                pending = self._engine.submit(waiting.prepared)
+                self._flying.put(_Flying(waiting, pending))
+                # Not kept while waiting for the next: it holds a whole frame.
+                del waiting, pending
         except BaseException as raised:
             error = raised
             # The capture thread may be waiting for room that nobody will make.
-            self._fitted.abandon()
+            self._waiting.abandon()
+        finally:
+            self._flying.finish(error)
+
+    def _finish(self) -> None:
+        """Body of the finishing thread: frames inside the engine -> results."""
+        error: BaseException | None = None
+        try:
+            while (flying := self._flying.get()) is not None:
+                try:
+                    outputs = flying.pending.outputs()
+                finally:
+                    self._room.release()
+                if not self._results.abandoned:
+                    self._deliver(flying.waiting, outputs)
+                del flying, outputs
+        except BaseException as raised:
+            error = raised
+            self._waiting.abandon()
+            self._forget_the_rest()
         finally:
             self._results.finish(error)
+
+    def _deliver(self, waiting: _Waiting, outputs: Outputs) -> None:
+        """Outputs -> the caller."""
+        started_ns = time.perf_counter_ns()
+        result = SemanticResult.from_outputs(
+            outputs, waiting.frame, waiting.geometry, self._engine.spec
+        )
+        self._ledger.record("fit", waiting.prepare_ns + outputs.fit_ns)
+        self._ledger.count_finished(result, time.perf_counter_ns() - started_ns)
+        if self._results.put(result):
+            self._ledger.count_superseded()
+
+    def _forget_the_rest(self) -> None:
+        """Takes what is still inside the engine, so that it may be closed, or used again."""
+        while True:
+            try:
+                flying = self._flying.get()
+                if flying is None:
+                    return
+                self._room.release()
+                flying.pending.outputs()
+            except BaseException:
+                # The first error is the one to tell, and the caller hears of it already.
+                continue
 
 
 def _percentiles_ms(times_ns: Sequence[int], ranks: Sequence[float]) -> list[float]:
@@ -374,12 +431,21 @@ def _percentiles_ms(times_ns: Sequence[int], ranks: Sequence[float]) -> list[flo
 
 
 @dataclass(frozen=True, eq=False)
-class _Fitted:
-    """A frame on its way to the engine; ``pixels`` are at network size."""
+class _Waiting:
+    """A frame on its way to the engine, and the time that preparing it took."""
 
     frame: Frame
     geometry: Geometry
-    pixels: Pixels
+    prepared: Prepared
+    prepare_ns: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Flying:
+    """A frame inside the engine."""
+
+    waiting: _Waiting
+    pending: Pending
 
 
 class _Channel(Generic[_Item]):

@@ -25,13 +25,15 @@ class Outputs:
     ``class_map``: (height, width) uint8. ``confidence``: the same shape, probability of the winner
     times 255, or None when the graph has no such output. Both belong to the caller.
     ``network_ns`` is the time in the network, ``head_ns`` in the upsampling kernel (0 when the
-    head runs inside the network's graph).
+    head runs inside the network's graph). ``fit_ns`` is the time for bringing the frame to network
+    size and into the engine's memory, where the engine does that itself.
     """
 
     class_map: NDArray[np.uint8]
     confidence: NDArray[np.uint8] | None = None
     network_ns: int = 0
     head_ns: int = 0
+    fit_ns: int = 0
 
 
 @dataclass(frozen=True, eq=False)

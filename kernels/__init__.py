@@ -9,13 +9,30 @@ from __future__ import annotations
 
 from edgeseg.kernels.argmax import upsample_argmax, upsample_argmax_confidence
 from edgeseg.kernels.build import build
+from edgeseg.kernels.frames import FrameRectangle, fit_frame
 from edgeseg.kernels.library import available, available_cores, load
+from edgeseg.kernels.masks import (
+    CocoRle,
+    assemble_mask_bits,
+    assemble_mask_rles,
+    assemble_masks,
+)
+from edgeseg.kernels.overlay import draw_overlay
+from edgeseg.kernels.rois import pyramid_roi_align
 
 __all__ = [
+    "CocoRle",
+    "FrameRectangle",
+    "assemble_mask_bits",
+    "assemble_mask_rles",
+    "assemble_masks",
     "available",
     "available_cores",
     "build",
+    "draw_overlay",
+    "fit_frame",
     "load",
+    "pyramid_roi_align",
     "upsample_argmax",
     "upsample_argmax_confidence",
 ]

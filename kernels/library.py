@@ -33,6 +33,20 @@ _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, 
 _FUNCTIONS: dict[str, list[Any]] = {
     # logits; classes, height, width; class_map, confidence; target height, width, flags, threads
     "edgeseg_upsample_argmax": [_POINTER, *[_INT] * 3, _POINTER, _POINTER, *[_INT] * 4],
+    # prototypes, instances; masks; flags, threads
+    "edgeseg_mask_assembly": [*[_POINTER] * 3, *[_INT] * 2],
+    # prototypes, instances, fit; threshold; bits; flags, threads
+    "edgeseg_mask_bits": [*[_POINTER] * 3, _FLOAT, _POINTER, *[_INT] * 2],
+    # prototypes, instances, fit; threshold; text, room, spans, needed; flags, threads
+    "edgeseg_mask_runs": [*[_POINTER] * 3, _FLOAT, _POINTER, _LONG, *[_POINTER] * 2, *[_INT] * 2],
+    # pyramid; boxes, image_of; rois; pooling; output; threads
+    "edgeseg_pyramid_roi_align": [*[_POINTER] * 3, _INT, _POINTER, _POINTER, _INT],
+    # frame, fit; image; flags, threads
+    "edgeseg_fit_frame": [*[_POINTER] * 3, *[_INT] * 2],
+    # frame, its pitch; class_map, colours; classes; fit; opacity; drawn, its pitch; flags, threads
+    "edgeseg_draw_overlay": [
+        _POINTER, _LONG, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _LONG, *[_INT] * 2,
+    ],
 }
 
 _library: ctypes.CDLL | None = None

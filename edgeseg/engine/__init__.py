@@ -11,32 +11,78 @@ from edgeseg.engine.base import Engine
 from edgeseg.errors import EngineError, RequestError
 from edgeseg.golden import golden_image
 
-__all__ = ["ENGINES", "Engine", "EngineEntry", "available_engines", "open_engine"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "EngineEntry",
+    "available_engines",
+    "open_engine",
+    "passed_over",
+]
 
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """One engine by name: the library it needs, and the command that installs it."""
+    """One engine by name: the library it needs, what installs it, and whether it needs a GPU.
+
+    ``install``: the command, in backquotes, and what else has to be said about it.
+    """
 
     name: str
     library: str
     install: str
+    needs_gpu: bool = False
 
     def is_installed(self) -> bool:
         """Whether its library can be imported; nothing is loaded to find out."""
         return importlib.util.find_spec(self.library) is not None
 
+    def obstacle(self) -> str | None:
+        """Why an engine that is installed cannot run on this machine, as a sentence, or None.
+
+        Only an engine for the GPU has any: its library does not load, or there is no GPU, no
+        driver, or no Python package for CUDA.
+        """
+        if not self.needs_gpu:
+            return None
+        from edgeseg.engine.cuda import open_cuda
+
+        try:
+            importlib.import_module(self.library)
+            open_cuda().close()
+        except (ImportError, OSError, RuntimeError) as error:
+            # TensorRT's package looks for its libraries by itself, and fails in its own ways.
+            return f"it cannot be loaded ({error})"
+        except EngineError as error:
+            return str(error)
+        return None
+
 
 #: in the order in which they are preferred
 ENGINES: tuple[EngineEntry, ...] = (
-    EngineEntry("openvino", "openvino", "pip install openvino"),
-    EngineEntry("onnxruntime", "onnxruntime", "pip install onnxruntime"),
+    EngineEntry(
+        "tensorrt",
+        "tensorrt",
+        "`pip install tensorrt` (on a Jetson: `sudo apt-get install python3-libnvinfer`, and a "
+        "virtual environment made with --system-site-packages)",
+        needs_gpu=True,
+    ),
+    EngineEntry("openvino", "openvino", "`pip install openvino`"),
+    EngineEntry("onnxruntime", "onnxruntime", "`pip install onnxruntime`"),
 )
 
 
 def available_engines() -> tuple[str, ...]:
-    """Names of the engines whose library is installed, best first."""
-    return tuple(entry.name for entry in ENGINES if entry.is_installed())
+    """Names of the engines that can run here, best first: installed, and with what they run on."""
+    return tuple(
+        entry.name for entry in ENGINES if entry.is_installed() and entry.obstacle() is None
+    )
+
+
+def passed_over() -> dict[str, str]:
+    """Engines that are installed and cannot run here -> why; none of them is a default."""
+    found = {entry.name: entry.obstacle() for entry in ENGINES if entry.is_installed()}
+    return {name: obstacle for name, obstacle in found.items() if obstacle is not None}
 
 
 def open_engine(
@@ -49,7 +95,7 @@ def open_engine(
 ) -> Engine:
     """The model of ``bundle`` on an engine, checked against its golden pair.
 
-    ``name``: one of ``ENGINES``, or None for the best that is installed. ``threads``: 0 leaves the
+    ``name``: one of ``ENGINES``, or None for the best that can run here. ``threads``: 0 leaves the
     number to the library. ``compiled_head``: whether the upsampling runs in the compiled kernel;
     None uses it if it is there. ``check=False`` leaves the golden pair out.
 
@@ -62,7 +108,7 @@ def open_engine(
     except ImportError as error:
         raise EngineError(
             f"the engine {entry.name} is installed and cannot be loaded ({error}); "
-            f"`{entry.install} --force-reinstall` may help, or try another --engine"
+            f"install it again with {entry.install}, or try another --engine"
         ) from error
     engine: Engine = module.open_engine(bundle, threads=threads, compiled_head=compiled_head)
     if check:
@@ -77,17 +123,13 @@ def open_engine(
 def _entry(name: str | None) -> EngineEntry:
     if name is None:
         for entry in ENGINES:
-            if entry.is_installed():
+            if entry.is_installed() and entry.obstacle() is None:
                 return entry
-        raise EngineError(
-            "no inference engine is installed; "
-            + " or ".join(f"`{entry.install}`" for entry in ENGINES)
-            + " adds one"
-        )
+        raise EngineError(_none_here())
     for entry in ENGINES:
         if entry.name == name:
             if not entry.is_installed():
-                raise EngineError(f"the engine {name} is not installed; `{entry.install}` adds it")
+                raise EngineError(f"the engine {name} is not installed; {entry.install} adds it")
             return entry
     raise RequestError(
         f"the engines are {', '.join(entry.name for entry in ENGINES)}, and {name!r} came"
@@ -105,3 +147,13 @@ def _check(engine: Engine, bundle: Bundle) -> None:
             f"{agreement:.1%} of the golden picture agrees and {promised:.0%} is promised; "
             "try another --engine, or update the library"
         )
+
+
+def _none_here() -> str:
+    """Why there is no default engine, and what gives one."""
+    # The engine for the GPU is nobody's first step out of this.
+    commands = " or ".join(entry.install for entry in ENGINES if not entry.needs_gpu)
+    obstacles = "; ".join(f"{name}: {obstacle}" for name, obstacle in passed_over().items())
+    if obstacles:
+        return f"no inference engine can run here ({obstacles}); {commands} adds one"
+    return f"no inference engine is installed; {commands} adds one"

@@ -10,6 +10,7 @@ import onnxruntime
 
 from edgeseg import kernels
 from edgeseg.bundle import Bundle
+from edgeseg.engine.base import OneAtATime
 from edgeseg.engine.head import checked_input, run_head, wants_compiled_head
 from edgeseg.errors import EngineError
 from edgeseg.frame import Pixels
@@ -25,7 +26,7 @@ _ERRORS_ONLY = 3
 _GOLDEN_SEEDS = 8
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(OneAtATime):
     """One graph in an ONNX Runtime session on the CPU."""
 
     name = "onnxruntime"

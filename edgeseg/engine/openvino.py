@@ -9,6 +9,7 @@ import numpy as np
 import openvino
 
 from edgeseg.bundle import Bundle
+from edgeseg.engine.base import OneAtATime
 from edgeseg.engine.head import checked_input, run_head, wants_compiled_head
 from edgeseg.errors import EngineError
 from edgeseg.frame import Pixels
@@ -19,7 +20,7 @@ from edgeseg.spec import ModelSpec
 __all__ = ["OpenVinoEngine", "open_engine"]
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(OneAtATime):
     """One graph compiled by OpenVINO for the CPU, in the precision that the graph says.
 
     OpenVINO's own default would lower fp32 to bf16 on processors that have it; here precision

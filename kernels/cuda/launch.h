@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "edgeseg/host_device.h"
 #include "edgeseg/launchers.h"
 
 #if defined(EDGESEG_CUDA_EMULATION)
@@ -25,20 +26,37 @@
 
 namespace edgeseg {
 
+constexpr int kMaxDevices = 64;
+
+// Multiprocessors of the current device, which is asked once.
+inline cudaError_t processors_here(int32_t* processors) {
+  static std::atomic<int32_t> processors_of[kMaxDevices];
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  *processors = device < kMaxDevices ? processors_of[device].load() : 0;
+  if (*processors != 0) return cudaSuccess;
+  int found = 0;
+  error = cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  *processors = std::max(found, 1);
+  if (device < kMaxDevices) processors_of[device].store(*processors);
+  return cudaSuccess;
+}
+
 // Blocks of `threads` for a kernel with grid-stride loops: `wanted`, or fewer when the device
 // cannot hold so many at once. The device is asked once for each kernel.
 template <auto Kernel>
 cudaError_t blocks_for(int64_t wanted, int32_t threads, unsigned* blocks) {
-  constexpr int kMaxDevices = 64;
   static std::atomic<int32_t> most_on[kMaxDevices];
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   int32_t most = device < kMaxDevices ? most_on[device].load() : 0;
   if (most == 0) {
-    int processors = 0;
+    int32_t processors = 0;
     int blocks_each = 0;
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    error = processors_here(&processors);
     if (error != cudaSuccess) return error;
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, Kernel, threads, 0);
     if (error != cudaSuccess) return error;
@@ -49,7 +67,7 @@ cudaError_t blocks_for(int64_t wanted, int32_t threads, unsigned* blocks) {
   return cudaSuccess;
 }
 
-inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
+EDGESEG_HD int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // Queues a kernel with as many blocks as `wanted` and the device allow; returns what CUDA says. A
 // pending error of someone else's call is not reported as this one's.

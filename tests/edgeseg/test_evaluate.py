@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgeseg.classes import CAMVID, CITYSCAPES, ClassList
 from edgeseg.dataset import Dataset, Sample, open_dataset
+from edgeseg.engine.base import OneAtATime
 from edgeseg.errors import DataError, RequestError
 from edgeseg.evaluate import Scorer, check_classes, evaluate
 from edgeseg.frame import Frame, Pixels
@@ -54,7 +55,7 @@ class Painted(Dataset):
         return {}
 
 
-class BlueEngine:
+class BlueEngine(OneAtATime):
     """Gives the blue channel as the class map; ``wrong`` classes are given as sky."""
 
     name = "blue"

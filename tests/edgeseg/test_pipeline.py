@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeseg import pipeline as pipeline_module
-from edgeseg.engine.base import Engine
+from edgeseg.engine.base import Engine, OneAtATime
 from edgeseg.errors import EngineError, FrameError, RequestError, SourceError
 from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
@@ -38,7 +38,7 @@ SPEC = ModelSpec(
 )
 
 
-class Stripes:
+class Stripes(OneAtATime):
     """An engine whose class is the brightness of the red channel; ``before`` runs first."""
 
     name = "stripes"

@@ -20,6 +20,9 @@
 #include <memory>
 #include <vector>
 
+using std::max;
+using std::min;
+
 #define __host__
 #define __device__
 #define __global__
@@ -48,6 +51,11 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
   return *blocks = 3, cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+typedef void* cudaStream_t;
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  memset(to, value, bytes);
+  return cudaSuccess;
+}
 
 struct alignas(8) uint2 {
   uint32_t x, y;
@@ -210,6 +218,23 @@ Value __shfl_down_sync(uint32_t, Value value, int by) {
 inline void __syncwarp() { cuda_emulation::meet(cuda_emulation::Call::kWarpSync); }
 inline void __syncthreads() { cuda_emulation::meet(cuda_emulation::Call::kBlockSync); }
 
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+  }
+  return result;
+}
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
+}
+inline uint32_t __dp2a_lo(uint32_t pair, uint32_t bytes, uint32_t sum) {
+  return (pair & 0xffff) * (bytes & 255) + (pair >> 16) * (bytes >> 8 & 255) + sum;
+}
+inline uint32_t __dp2a_hi(uint32_t pair, uint32_t bytes, uint32_t sum) {
+  return __dp2a_lo(pair, bytes >> 16, sum);
+}
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) {
   return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value));
@@ -232,5 +257,17 @@ Value atomicAdd(Value* to, Value value) {
 inline uint32_t atomicOr(uint32_t* to, uint32_t bits) {
   const uint32_t old = *to;
   *to = old | bits;
+  return old;
+}
+template <class Value>
+Value atomicMin(Value* to, Value value) {
+  const Value old = *to;
+  *to = std::min(old, value);
+  return old;
+}
+template <class Value>
+Value atomicMax(Value* to, Value value) {
+  const Value old = *to;
+  *to = std::max(old, value);
   return old;
 }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from edgeseg import kernels
 from edgeseg.errors import KernelError, RequestError
 from edgeseg.kernels import argmax
-from edgeseg.kernels.launchers import FLOAT32, UINT8, Features
+from edgeseg.kernels.launchers import FLOAT16, FLOAT32, INT32, UINT8, Features
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 HERE = Path(__file__).resolve().parent
@@ -468,11 +469,139 @@ def test_the_library_checks_its_own_arguments() -> None:
         assert function(*good[:index], bad, *good[index + 1 :]) == 1
 
 
+# --- the CUDA kernel, on an emulation of CUDA and on a GPU
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How logits lie in memory: strides of (classes, height, width) in elements."""
+
+    channels_last: bool
+    padding: int = 0  # elements after each pixel's classes, or after each class's plane
+    multiple: int = 1  # the pitch of a pixel's classes is rounded up to it
+    offset: int = 0  # elements before the first
+
+    def place(self, logits: NDArray[Any]) -> tuple[NDArray[Any], int, int]:
+        """(memory, channel stride, pixel stride); what lies between would win if it was read."""
+        classes, height, width = logits.shape
+        pixels = height * width
+        if self.channels_last:
+            pitch = classes + self.padding
+            strides = (1, -(-pitch // self.multiple) * self.multiple)
+        else:
+            strides = (pixels + self.padding, 1)
+        last = (classes - 1) * strides[0] + (pixels - 1) * strides[1]
+        # A whole number of pixels, or planes: the last one's padding is memory too.
+        length = max(last + 1, strides[1] * pixels, strides[0] * classes)
+        memory = np.full(self.offset + length, 60000, logits.dtype)
+        view = np.lib.stride_tricks.as_strided(
+            memory[self.offset :],
+            (classes, pixels),
+            tuple(stride * memory.itemsize for stride in strides),
+        )
+        view[:] = logits.reshape(classes, pixels)
+        return memory, *strides
+
+
+CHANNELS_FIRST = Layout(channels_last=False)
+HWC8 = Layout(channels_last=True, multiple=8)  # TensorRT's kHWC8
+LAYOUTS = [
+    pytest.param(CHANNELS_FIRST, id="channels-first"),
+    pytest.param(Layout(channels_last=False, padding=5), id="padded-planes"),
+    pytest.param(Layout(channels_last=True), id="channels-last"),
+    pytest.param(Layout(channels_last=True, padding=3), id="padded-pixels"),
+    pytest.param(HWC8, id="hwc8"),
+    pytest.param(Layout(channels_last=True, multiple=8, padding=9), id="hwc8-wide"),
+    pytest.param(Layout(channels_last=True, multiple=8, offset=1), id="hwc8-unaligned"),
+]
+OUTPUTS = [
+    pytest.param(UINT8, np.uint8, id="uint8"),
+    pytest.param(FLOAT16, np.float16, id="float16"),
+    pytest.param(INT32, np.int32, id="int32"),
+]
+GUARD = 64  # elements before and behind each output, which must stay as they are
+POISON = 113
+
+
+class Device:
+    """Where a CUDA library runs: the emulation, whose pointers are numpy's, or a GPU."""
+
+    def __init__(self, library: ctypes.CDLL, torch: Any) -> None:
+        self.library = library
+        self.torch = torch  # None for the emulation
+
+    def put(self, array: NDArray[Any]) -> Any:
+        return array.copy() if self.torch is None else self.torch.from_numpy(array).cuda()
+
+    def pointer(self, buffer: Any) -> int:
+        return int(buffer.ctypes.data if self.torch is None else buffer.data_ptr())
+
+    def get(self, buffer: Any) -> NDArray[Any]:
+        """Waits for the GPU."""
+        array: NDArray[Any] = buffer if self.torch is None else buffer.cpu().numpy()
+        return array
+
+    def run(
+        self,
+        logits: NDArray[Any],
+        size: tuple[int, int],
+        flags: int = 0,
+        *,
+        with_confidence: bool = True,
+        layout: Layout = CHANNELS_FIRST,
+        output_type: int = UINT8,
+        dtype: Any = np.uint8,
+        output_offset: int = 0,
+    ) -> list[NDArray[Any]]:
+        """The class map, and the confidence if asked for; checks that nothing else is written."""
+        memory, channel_stride, pixel_stride = layout.place(logits)
+        on_device = self.put(memory)
+        element_type = FLOAT16 if logits.dtype == np.float16 else FLOAT32
+        features = Features(
+            self.pointer(on_device) + layout.offset * memory.itemsize,
+            element_type,
+            *logits.shape,
+            channel_stride,
+            pixel_stride,
+        )
+        pixels = size[0] * size[1]
+        start = GUARD + output_offset
+        length = start + pixels + GUARD
+        outputs = [self.put(np.full(length, POISON, dtype)) for _ in range(1 + with_confidence)]
+        pointers = [self.pointer(output) + start * np.dtype(dtype).itemsize for output in outputs]
+        stream = None if self.torch is None else self.torch.cuda.current_stream().cuda_stream
+        status = self.library.edgeseg_cuda_upsample_argmax(
+            ctypes.byref(features), pointers[0], pointers[1] if with_confidence else None,
+            output_type, *size, flags, stream,
+        )  # fmt: skip
+        assert status == 0
+        maps = []
+        for output in map(self.get, outputs):
+            assert (output[:start] == POISON).all()
+            assert (output[start + pixels :] == POISON).all()
+            maps.append(output[start : start + pixels].reshape(size))
+        return maps
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Device:
+    if request.param == "emulated":
+        return Device(request.getfixturevalue("emulated_cuda"), None)
+    library = request.getfixturevalue("cuda_library")
+    return Device(library, pytest.importorskip("torch"))
+
+
+def assert_same(maps: list[NDArray[Any]], expected: Map) -> None:
+    """``maps`` are the first of ``expected``: class map, confidence."""
+    for found, wanted in zip(maps, expected, strict=False):
+        np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("align_corners", CONVENTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("classes", "height", "width", "target_height", "target_width"), CASES)
-def test_cuda_kernel_on_an_emulated_gpu_gives_the_cpu_bytes(
-    emulated_cuda: ctypes.CDLL,
+def test_cuda_gives_the_cpu_bytes(
+    device: Device,
     kind: Callable[..., Logits],
     classes: int,
     height: int,
@@ -485,45 +614,151 @@ def test_cuda_kernel_on_an_emulated_gpu_gives_the_cpu_bytes(
     size = (target_height, target_width)
     flags = ALIGN_CORNERS if align_corners else 0
     expected = run(logits, size, flags)
-    for with_confidence, more_flags in [(True, 0), (False, 0), (True, NO_SHORT_CUT)]:
-        result = np.full((2, *size), 254, np.uint8)
-        features = Features.channels_first(logits.ctypes.data, FLOAT32, classes, height, width)
-        status = emulated_cuda.edgeseg_cuda_upsample_argmax(
-            ctypes.byref(features), result[0].ctypes.data,
-            result[1].ctypes.data if with_confidence else None, UINT8, *size, flags | more_flags,
-            None,
-        )  # fmt: skip
-        assert status == 0
-        np.testing.assert_array_equal(result[0], expected[0])
-        if with_confidence:
-            np.testing.assert_array_equal(result[1], expected[1])
+    assert_same(device.run(logits, size, flags), expected)
+    assert_same(device.run(logits, size, flags, with_confidence=False), expected)
+    assert_same(device.run(logits, size, flags | NO_SHORT_CUT), expected)
+    # float16 logits as a plugin gets them, to what a plugin may put out
+    half = logits.astype(np.float16)
+    found = device.run(half, size, flags, layout=HWC8, output_type=INT32, dtype=np.int32)
+    assert_same(found, run(half.astype(np.float32), size, flags))
+
+
+# Tiles of 256 columns and up to 32 rows, with cells across their borders: source, target.
+TILED = [
+    pytest.param((9, 66), (72, 528), id="x8"),
+    pytest.param((17, 131), (34, 262), id="x2-two-tiles"),
+    pytest.param((20, 90), (81, 361), id="x4-and-a-bit"),
+    pytest.param((3, 5), (150, 603), id="x50-x120"),
+    pytest.param((2, 270), (70, 271), id="x35-x1"),
+]
+
+
+@pytest.mark.parametrize("align_corners", CONVENTIONS)
+@pytest.mark.parametrize(("source", "size"), TILED)
+def test_cuda_joins_tiles(
+    device: Device, source: tuple[int, int], size: tuple[int, int], align_corners: bool
+) -> None:
+    flags = ALIGN_CORNERS if align_corners else 0
+    logits = smooth_logits(6, *source, seed=7)
+    assert_same(device.run(logits, size, flags), run(logits, size, flags))
+
+
+@pytest.mark.parametrize("classes", [1, 3, 8, 19, 24, 25, 40])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cuda_reads_any_layout(device: Device, layout: Layout, dtype: Any, classes: int) -> None:
+    logits = smooth_logits(classes, 5, 9, seed=classes).astype(dtype)
+    for size in ((40, 72), (6, 13)):  # by tiles, by pixels
+        expected = run(logits.astype(np.float32), size)
+        assert_same(device.run(logits, size, layout=layout), expected)
+
+
+@pytest.mark.parametrize(("output_type", "dtype"), OUTPUTS)
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("width", [80, 72, 71])
+def test_cuda_writes_any_type_at_any_address(
+    device: Device, output_type: int, dtype: Any, offset: int, width: int
+) -> None:
+    # 80 and 72 are whole packs of 16 bytes for some types, 71 for none.
+    logits = smooth_logits(19, 5, 9)
+    for size in ((40, width), (6, width // 8)):
+        expected = run(logits, size)
+        found = device.run(logits, size, output_type=output_type, dtype=dtype, output_offset=offset)
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-20, 1e20, 1e37, 3e38])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_short_cut_holds_at_any_scale(
+    device: Device, kind: Callable[..., Logits], scale: float
+) -> None:
+    logits = kind(9, 9, 13)
+    logits = (logits / np.abs(logits).max() * np.float64(scale)).astype(np.float32)
+    assert_same(device.run(logits, (72, 104)), run(logits, (72, 104), NO_SHORT_CUT))
+
+
+def test_cuda_keeps_ties_that_rounding_makes(device: Device) -> None:
+    rng = np.random.default_rng(5)
+    base = rng.uniform(1, 2, (1, 12, 12)).astype(np.float32)
+    logits = np.concatenate([base, np.nextafter(base, np.float32(3))])
+    expected = run(logits, (83, 83), NO_SHORT_CUT)
+    assert 0 < np.mean(expected[0] == 0) < 1
+    assert_same(device.run(logits, (83, 83)), expected)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
+@pytest.mark.parametrize("poison", NOT_FINITE)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_cuda_agrees_where_logits_are_not_finite(
+    device: Device, dtype: Any, poison: list[float], share: float
+) -> None:
+    logits = smooth_logits(6, 10, 14).astype(dtype)
+    rng = np.random.default_rng(3)
+    where = rng.random(logits.shape) < share
+    logits[where] = rng.choice(poison, int(where.sum()))
+    expected = run(logits.astype(np.float32), (80, 112), NO_SHORT_CUT)
+    assert_same(device.run(logits, (80, 112)), expected)
+    assert_same(device.run(logits, (80, 112), NO_SHORT_CUT, layout=HWC8), expected)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("align_corners", CONVENTIONS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("classes", "height", "width", "target_height", "target_width"), CASES)
-def test_cuda_gives_the_cpu_bytes(
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("layout", [CHANNELS_FIRST, HWC8], ids=["channels-first", "hwc8"])
+@pytest.mark.parametrize(("source", "size"), [((128, 256), (1024, 2048)), ((97, 211), (780, 1690))])
+def test_cuda_gives_the_cpu_bytes_at_full_size(
     cuda_library: ctypes.CDLL,
-    kind: Callable[..., Logits],
-    classes: int,
-    height: int,
-    width: int,
-    target_height: int,
-    target_width: int,
-    align_corners: bool,
+    source: tuple[int, int],
+    size: tuple[int, int],
+    layout: Layout,
+    dtype: Any,
 ) -> None:
-    import torch
+    device = Device(cuda_library, pytest.importorskip("torch"))
+    seed = int.from_bytes(os.urandom(4), "little")
+    logits = smooth_logits(19, *source, seed=seed).astype(dtype)
+    expected = run(logits.astype(np.float32), size)
+    print(f"seed {seed}")
+    for confidence in (False, True):
+        assert_same(device.run(logits, size, with_confidence=confidence, layout=layout), expected)
 
-    logits = kind(classes, height, width)
-    size = (target_height, target_width)
-    flags = ALIGN_CORNERS if align_corners else 0
-    on_device = torch.from_numpy(logits).cuda()
-    result = torch.full((2, *size), 254, dtype=torch.uint8, device="cuda")
-    features = Features.channels_first(on_device.data_ptr(), FLOAT32, classes, height, width)
-    status = cuda_library.edgeseg_cuda_upsample_argmax(
-        ctypes.byref(features), result[0].data_ptr(), result[1].data_ptr(), UINT8, *size, flags,
-        torch.cuda.current_stream().cuda_stream,
-    )  # fmt: skip
-    assert status == 0
-    np.testing.assert_array_equal(result.cpu().numpy(), run(logits, size, flags))
+
+def test_cuda_launcher_checks_its_arguments(emulated_cuda: ctypes.CDLL) -> None:
+    function = emulated_cuda.edgeseg_cuda_upsample_argmax
+    out = np.empty((2, 32, 32), np.int32)
+    data = GOOD.ctypes.data
+
+    def status(features: Features | None, *rest: Any) -> int:
+        return int(function(None if features is None else ctypes.byref(features), *rest, None))
+
+    good = Features.channels_first(data, FLOAT32, *GOOD.shape)
+    rest = (out[0].ctypes.data, out[1].ctypes.data, UINT8, 32, 32, 0)
+    assert status(good, *rest) == 0
+    assert status(None, *rest) == 1
+    for features in (
+        Features.channels_first(0, FLOAT32, 3, 4, 5),
+        Features.channels_first(data + 2, FLOAT32, 3, 4, 5),
+        Features.channels_first(data + 1, FLOAT16, 3, 4, 5),
+        Features.channels_first(data, UINT8, 3, 4, 5),
+        Features.channels_first(data, INT32, 3, 4, 5),
+        Features.channels_first(data, FLOAT32, 0, 4, 5),
+        Features.channels_first(data, FLOAT32, 256, 4, 5),
+        Features.channels_first(data, FLOAT32, 3, 0, 5),
+        Features.channels_first(data, FLOAT32, 3, 4, (1 << 22) + 1),
+        Features(data, FLOAT32, 3, 4, 5, 0, 1),
+        Features(data, FLOAT32, 3, 4, 5, 20, -1),
+    ):
+        assert status(features, *rest) == 1
+    for index, bad in [
+        (0, None),
+        (2, FLOAT32),
+        (2, 4),
+        (3, 0),
+        (3, (1 << 22) + 1),
+        (4, -1),
+        (5, 4),
+        (5, -1),
+    ]:
+        assert status(good, *rest[:index], bad, *rest[index + 1 :]) == 1
+    for output_type, step in [(FLOAT16, 1), (INT32, 2)]:
+        unaligned = (rest[0] + step, None, output_type, 8, 8, 0)
+        assert status(good, *unaligned) == 1
+        assert status(good, rest[0], rest[1] + step, output_type, 8, 8, 0) == 1

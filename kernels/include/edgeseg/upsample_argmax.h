@@ -40,6 +40,12 @@ constexpr float kMinusInfinity = -__builtin_huge_valf();
 constexpr int32_t kAlignCorners = 1;  // else half-pixel centres
 constexpr int32_t kNoShortCut = 2;    // every class at every pixel: the reference for tests
 
+// Rounded down, for a >= 0 and b > 0. A GPU divides 32 bits in a quarter of the time of 64.
+EDGESEG_HD int64_t quotient(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
+
 // One axis of the upsampling: `source` samples stretched to `target` positions. The source position
 // of a target position is a fraction of integers, so it is exact for any factor and the same on
 // every machine. Half-pixel positions are clamped to the first and last sample (PyTorch
@@ -80,8 +86,13 @@ struct Grid {
       down = 2 * static_cast<int64_t>(source);
     }
     if (up <= 0) return 0;
-    const int64_t first = (up + down - 1) / down;
+    const int64_t first = quotient(up + down - 1, down);
     return first < target ? static_cast<int32_t>(first) : target;
+  }
+
+  // The cell that `position` is in.
+  EDGESEG_HD int32_t cell(int32_t position) const {
+    return static_cast<int32_t>(quotient(numerator(position), denominator()));
   }
 
   EDGESEG_HD int32_t far(int32_t cell) const { return cell + 1 < source ? cell + 1 : source - 1; }
