@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -127,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--source", default="synthetic:?frames=0", metavar="URI", help=_SOURCES)
     profile.add_argument("--frames", type=_count, default=100, metavar="N")
     profile.add_argument("--report", metavar="FILE.html")
+    profile.add_argument(
+        "--layers", action="store_true", help="the network's layers one by one (TensorRT)"
+    )
     _add_engine(profile)
     _add_json(profile)
 
@@ -218,6 +221,55 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--minutes", type=float, metavar="M", help="end within so many minutes")
 
+    build = _command(commands, "build", _build, "build a TensorRT engine on the device")
+    build.add_argument("bundle", metavar="BUNDLE")
+    build.add_argument(
+        "--engine", choices=("tensorrt",), default="tensorrt", help="the one that is built"
+    )
+    plugins = build.add_mutually_exclusive_group()
+    plugins.add_argument(
+        "--plugins",
+        action="store_true",
+        default=None,
+        help="EdgeSeg's kernels must be in the engine; otherwise they are if they are built",
+    )
+    plugins.add_argument(
+        "--no-plugins",
+        dest="plugins",
+        action="store_false",
+        help="keep to TensorRT's own layers, so that the plan loads without EdgeSeg's library",
+    )
+    build.add_argument(
+        "--level", type=_whole, default=3, metavar="0-5", help="how long to search for fast kernels"
+    )
+    build.add_argument(
+        "--workspace", type=_count, metavar="MIB", help="scratch memory; otherwise what is free"
+    )
+    build.add_argument(
+        "--version-compatible", action="store_true", help="newer TensorRT can load it, slower"
+    )
+    build.add_argument(
+        "--hardware-compatible",
+        choices=("ampere_plus", "same_compute_capability"),
+        help="other GPUs can load it, slower",
+    )
+    build.add_argument("--dla", type=_whole, metavar="CORE", help="run what it can on a DLA core")
+    build.add_argument("--tf32", action="store_true", help="round float32 convolutions to TF32")
+    build.add_argument(
+        "--timing-cache", metavar="FILE", help="measurements to reuse; beside the plan otherwise"
+    )
+    build.add_argument(
+        "--no-strict",
+        dest="strict",
+        action="store_false",
+        help="keep an engine that is not what the graph asks for, with a warning",
+    )
+    build.add_argument(
+        "--no-memory-check", dest="memory_check", action="store_false", help="build in any case"
+    )
+    build.add_argument("--force", action="store_true", help="build also if a plan fits already")
+    _add_json(build)
+
     inspect = _command(commands, "inspect", _inspect, "say what a bundle holds")
     inspect.add_argument("bundle", metavar="BUNDLE")
     _add_json(inspect)
@@ -270,7 +322,7 @@ def _command(
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", metavar="NAME", help="openvino or onnxruntime")
+    parser.add_argument("--engine", metavar="NAME", help="tensorrt, openvino or onnxruntime")
     parser.add_argument("--threads", type=_whole, default=0, metavar="N", help="0: all")
     parser.add_argument(
         "--head",
@@ -431,7 +483,13 @@ def _profile(options: argparse.Namespace) -> int:
     _check_file(options.report)
     with _load(options, options.bundle) as model:
         with progress(f"profiling {options.bundle}") as update:
-            found = profile(model, options.source, frames=options.frames, progress=update)
+            found = profile(
+                model,
+                options.source,
+                frames=options.frames,
+                layers=options.layers,
+                progress=update,
+            )
         if options.report is not None:
             found.report().write(options.report)
         _tell(options, found.render(), found.to_dict())
@@ -563,6 +621,53 @@ def _train(options: argparse.Namespace) -> int:
         validate=tuple((uri, "val") for uri in options.validate),
         minutes=options.minutes,
     )
+    return 0
+
+
+def _build(options: argparse.Namespace) -> int:
+    from edgeseg.bundle import Bundle
+    from edgeseg.engine import open_engine
+    from edgeseg.engine.build import BuildOptions, NoPlan, build_plan, find_plan
+    from edgeseg.engine.cuda import open_cuda
+    from edgeseg.engine.tensorrt import tensorrt_version
+    from edgeseg.kernels.build import find_plugin_library
+
+    _check_json(options)
+    bundle = Bundle.open(options.bundle)
+    wanted = BuildOptions(
+        plugins=options.plugins,
+        workspace_mb=options.workspace,
+        level=options.level,
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+        dla=options.dla,
+        tf32=options.tf32,
+        timing_cache=None if options.timing_cache is None else Path(options.timing_cache),
+        strict=options.strict,
+        memory_check=options.memory_check,
+    )
+    version = tensorrt_version()
+    with closing(open_cuda()) as cuda:
+        library = find_plugin_library()
+        found = find_plan(
+            bundle,
+            wanted,
+            tensorrt_version=version,
+            device=cuda.device,
+            plugin_library=library,
+        )
+        if isinstance(found, NoPlan) or options.force:
+            if isinstance(found, NoPlan):
+                print(f"{bundle.name}: {found}", file=sys.stderr)
+            with progress(f"building {bundle.name} for {cuda.device.name}") as report:
+                found = build_plan(bundle, wanted, cuda=cuda, plugin_library=library, report=report)
+        else:
+            print(f"{bundle.name}: a plan that fits is here; --force builds anew", file=sys.stderr)
+    # Proves that it loads and gives the masks that were recorded at export.
+    engine = open_engine(bundle, "tensorrt", compiled_head=found.options.plugins)
+    lines = [*found.render(), f"checked with the golden picture on {engine.description}"]
+    engine.close()
+    _tell(options, "\n".join(lines), found.to_dict())
     return 0
 
 

@@ -128,14 +128,15 @@ def examine(root: Path = Path("/")) -> Diagnosis:
             _cpu(root),
             _memory(root),
             gpu,
-            *_engines(openvino, onnxruntime),
+            *_engines(openvino, onnxruntime, tensorrt if gpu.state == "ok" else None),
             _tensorrt(tensorrt, jetson=jetson, has_gpu=gpu.state == "ok"),
-            _installed("CUDA for Python", ("cuda-python", "cuda-bindings", "pycuda"), None),
+            _cuda_for_python(has_gpu=gpu.state == "ok"),
+            _gpu_kernels(has_gpu=gpu.state == "ok"),
             *_opencv(cv2),
             *_kernels(),
             _cameras(root),
-            _installed("PyTorch", ("torch",), "to train and export models"),
-            _installed("ONNX", ("onnx",), "to export and quantize models"),
+            _installed("PyTorch", "torch", "to train and export models"),
+            _installed("ONNX", "onnx", "to export and quantize models"),
         )
     )
 
@@ -249,10 +250,15 @@ def _gpu(root: Path, board: str, jetson: bool) -> Check:
     return Check("NVIDIA GPU", "ok", "; ".join(cards))
 
 
-def _engines(openvino: _Module, onnxruntime: _Module) -> list[Check]:
-    """What runs the model: the verdict, then each engine; one of them is enough."""
+def _engines(openvino: _Module, onnxruntime: _Module, tensorrt: _Module | None) -> list[Check]:
+    """What runs the model: the verdict, then each engine; one of them is enough.
+
+    ``tensorrt``: None where there is no GPU for it.
+    """
     named = (("OpenVINO", "openvino", openvino), ("ONNX Runtime", "onnxruntime", onnxruntime))
     working = [title for title, _, module in named if module.version is not None]
+    if tensorrt is not None and tensorrt.version is not None and _cuda_packages():
+        working.insert(0, "TensorRT")
     verdict = Check("Engine", "ok", f"{' or '.join(working)} runs the models")
     if not working:
         verdict = Check(
@@ -283,17 +289,54 @@ def _tensorrt(module: _Module, *, jetson: bool, has_gpu: bool) -> Check:
     return Check("TensorRT", "optional", "not installed; it needs an NVIDIA GPU")
 
 
-def _installed(title: str, packages: tuple[str, ...], purpose: str | None) -> Check:
-    """A library that is only looked up, since importing it takes long or needs a GPU."""
-    found = []
-    for package in packages:
-        version = _version(package)
-        if version is not None:
-            found.append(f"{package} {version}" if len(packages) > 1 else version)
+def _cuda_packages() -> list[str]:
+    """Packages that give Python access to CUDA, with their versions."""
+    named = ((package, _version(package)) for package in ("cuda-python", "cuda-bindings", "pycuda"))
+    return [f"{package} {version}" for package, version in named if version is not None]
+
+
+def _cuda_for_python(*, has_gpu: bool) -> Check:
+    title = "CUDA for Python"
+    found = _cuda_packages()
     if found:
         return Check(title, "ok", ", ".join(found))
-    if purpose is None:
+    if not has_gpu:
         return Check(title, "optional", "not installed; it needs an NVIDIA GPU")
+    return Check(
+        title,
+        "missing",
+        "not installed; TensorRT engines need it",
+        f"{_INSTALL} 'cuda-bindings==12.*'  (the number is that of the CUDA version: 12 or 13)",
+    )
+
+
+def _gpu_kernels(*, has_gpu: bool) -> Check:
+    title = "CUDA kernels"
+    try:
+        from edgeseg.kernels.build import find_cuda_library, find_plugin_library
+    except ImportError as error:
+        return Check(title, "missing" if has_gpu else "optional", f"cannot be imported ({error})")
+    named = (("kernels", find_cuda_library()), ("TensorRT plugins", find_plugin_library()))
+    built = [name for name, path in named if path is not None]
+    lacking = [name for name, path in named if path is None]
+    if not lacking:
+        return Check(title, "ok", f"{' and '.join(built)} built")
+    if not has_gpu:
+        return Check(title, "optional", "not built; they need an NVIDIA GPU")
+    return Check(
+        title,
+        "missing",
+        f"{' and '.join(lacking)} not built; frames are fitted on the CPU, or masks are brought to "
+        "size by TensorRT's own layers, slower",
+        "edgeseg kernels build --tensorrt",
+    )
+
+
+def _installed(title: str, package: str, purpose: str) -> Check:
+    """A library that is only looked up, since importing it takes long."""
+    version = _version(package)
+    if version is not None:
+        return Check(title, "ok", version)
     return Check(
         title,
         "optional",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from edgeseg.errors import SourceError
+from edgeseg.errors import RequestError, SourceError
+from edgeseg.frame import Pixels
 from edgeseg.model import Model
 from edgeseg.pipeline import Pipeline, Summary
 from edgeseg.report import (
@@ -30,6 +32,18 @@ from edgeseg.source import open_source
 __all__ = ["Profile", "profile"]
 
 _WARM_UP = 3
+# Runs of the network over which each layer's median is taken.
+_LAYER_RUNS = 20
+# Layers that a terminal shows; the report and JSON have all.
+_LAYERS_SHOWN = 15
+
+
+@runtime_checkable
+class TimesLayers(Protocol):
+    """An engine that can say how long each layer takes."""
+
+    def layer_times(self, images: Sequence[Pixels]) -> list[tuple[str, float]]:
+        """Name and median milliseconds of each layer, over network inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +52,8 @@ class Profile:
 
     ``summary`` holds frames per second, counts, stage times and mask age. ``peak_rss_mb`` is the
     largest resident memory of the whole process so far, in MB. ``last`` is the last result.
+    ``layers``: name and median milliseconds of each layer of the network, timed one by one; empty
+    when that was not asked for.
     """
 
     model: str
@@ -51,6 +67,7 @@ class Profile:
     peak_rss_mb: float
     notes: tuple[str, ...]
     last: SemanticResult
+    layers: tuple[tuple[str, float], ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON; DESIGN's keys are at the top level."""
@@ -65,6 +82,7 @@ class Profile:
             "live": self.live,
             "peak_rss_mb": round(self.peak_rss_mb, 1),
             "notes": list(self.notes),
+            "layers": [{"name": name, "ms": ms} for name, ms in self.layers],
         }
 
     def render(self) -> str:
@@ -93,6 +111,15 @@ class Profile:
             "Stages overlap: reading, inference and output run side by side, so the frame rate is "
             "set by the slowest of them, not by their sum.",
         ]
+        if self.layers:
+            slowest = sorted(self.layers, key=lambda layer: layer[1], reverse=True)
+            total = sum(ms for _, ms in self.layers)
+            lines += [
+                "",
+                f"the slowest of {len(self.layers)} layers, timed one by one "
+                f"({total:.2f} ms in all)",
+                *(f"{ms:9.3f} ms  {name}" for name, ms in slowest[:_LAYERS_SHOWN]),
+            ]
         lines += list(self.notes)
         return "\n".join(lines)
 
@@ -104,6 +131,7 @@ class Profile:
             sections=(
                 Section("", (speed_figures(self.summary, self.peak_rss_mb, live=self.live),)),
                 Section("Where the time of a frame goes", stage_blocks(self.summary)),
+                *self._layer_sections(),
                 Section(
                     "The last frame",
                     (
@@ -118,6 +146,20 @@ class Profile:
             ),
             footer=DEFINITIONS,
         )
+
+    def _layer_sections(self) -> tuple[Section, ...]:
+        if not self.layers:
+            return ()
+        table = Table(
+            header=("layer", "ms"),
+            rows=tuple((name, f"{ms:.3f}") for name, ms in self.layers),
+            align="lr",
+        )
+        remark = Paragraph(
+            "In the order in which they run. Each was timed by itself, so that together they take "
+            "longer than the network does."
+        )
+        return (Section("The network, layer by layer", (remark, table)),)
 
 
 #: what the figures mean, for the foot of a page
@@ -185,17 +227,25 @@ def profile(
     uri: str = "synthetic:?frames=0",
     *,
     frames: int = 100,
+    layers: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Profile:
     """Runs ``model`` over ``frames`` frames of ``uri`` and measures, after three to warm up.
 
-    ``progress(done, total)`` is called after each frame. SourceError when the source ends before
-    two frames were measured.
+    ``layers``: afterwards, the network's layers one by one on the last frame; RequestError when
+    the engine cannot do that. ``progress(done, total)`` is called after each frame. SourceError
+    when the source ends before two frames were measured.
     """
+    engine = model.engine
+    if layers and not isinstance(engine, TimesLayers):
+        raise RequestError(
+            f"single layers are timed by TensorRT only, and {model.spec.name} is on {engine.name}; "
+            "leave out --layers"
+        )
     blank = np.zeros((model.spec.height, model.spec.width, 3), np.uint8)
     for _ in range(_WARM_UP):
         model(blank)
-    with Pipeline(model.engine, open_source(uri), max_frames=frames) as pipeline:
+    with Pipeline(engine, open_source(uri), max_frames=frames) as pipeline:
         last: SemanticResult | None = None
         for done, result in enumerate(pipeline, 1):
             last = result
@@ -207,10 +257,13 @@ def profile(
         live = source.live
     if last is None or summary.frames < 2:
         raise SourceError(f"{uri} gave {summary.frames} frames, and a profile needs two or more")
+    timed: list[tuple[str, float]] = []
+    if layers and isinstance(engine, TimesLayers):
+        timed = engine.layer_times([last.geometry.fit(last.frame.pixels)] * _LAYER_RUNS)
     return Profile(
         model=model.spec.name,
-        engine=model.engine.name,
-        description=model.engine.description,
+        engine=engine.name,
+        description=engine.description,
         source=uri,
         frame_size=(last.frame.height, last.frame.width),
         network_size=(model.spec.height, model.spec.width),
@@ -219,6 +272,7 @@ def profile(
         peak_rss_mb=peak_rss_mb(),
         notes=notes,
         last=last,
+        layers=tuple(timed),
     )
 
 

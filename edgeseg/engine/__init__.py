@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from dataclasses import dataclass
 
 from edgeseg.bundle import Bundle
@@ -123,8 +124,12 @@ def open_engine(
 def _entry(name: str | None) -> EngineEntry:
     if name is None:
         for entry in ENGINES:
-            if entry.is_installed() and entry.obstacle() is None:
+            if not entry.is_installed():
+                continue
+            obstacle = entry.obstacle()
+            if obstacle is None:
                 return entry
+            print(f"{entry.name} is passed over: {obstacle}", file=sys.stderr, flush=True)
         raise EngineError(_none_here())
     for entry in ENGINES:
         if entry.name == name:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.bundle import Bundle
+from edgeseg.bundle import Bundle, tool_versions
 from edgeseg.engine.attest import Attestation, Promise
 from edgeseg.engine.cuda import Cuda, Device
 from edgeseg.engine.graph import Graph
@@ -101,6 +101,9 @@ def build_plan(
         options.workspace_mb,
         check=options.memory_check,
     )
+    library = plugin_library if options.plugins else None
+    # Its hash before it is loaded: it may be built again meanwhile.
+    described = None if library is None else PluginLibrary.of(library)
     folder = plan_folder(bundle)
     where = device_stem(tensorrt_version=version, device=device)
     job = _Job(
@@ -109,7 +112,7 @@ def build_plan(
         name=str(bundle.model_path),
         options=options,
         version=version,
-        library=plugin_library if options.plugins else None,
+        library=library,
         workspace=workspace,
         timing_cache=options.timing_cache or folder / f"{where}.timing",
         progress=BuildProgress(report),
@@ -131,12 +134,12 @@ def build_plan(
         tensorrt=version,
         device=device,
         options=options,
-        library=None if job.library is None else PluginLibrary.of(job.library),
+        library=described,
         workspace_bytes=workspace,
         attestation=attestation,
         warnings=tuple(job.log.warnings()),
         build_seconds=time.monotonic() - start,
-        edgeseg=_edgeseg_version(),
+        edgeseg=tool_versions(("edgeseg",)).get("edgeseg", "unknown"),
     )
     save_plan(plan, built)
     return plan
@@ -157,8 +160,8 @@ def load_plugins(library: Path) -> None:
     if handle is None or not _has_plugins(registry):
         raise EngineError(
             f"TensorRT {_version()} cannot load the plugin library {library}: it is damaged, or "
-            "made for another machine or EdgeSeg; `edgeseg kernels build --tensorrt` makes it again, "
-            "--no-plugins does without"
+            "made for another machine or EdgeSeg; `edgeseg kernels build --tensorrt` makes it "
+            "again, --no-plugins does without"
         )
 
 
@@ -409,8 +412,8 @@ def _parser_error(job: _Job, found: list[Any]) -> EngineError:
     said = "; ".join(sentences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
     if ours and job.library is not None:
         way_out = (
-            "the plugin library does not know it: `edgeseg kernels build --tensorrt` makes it again, "
-            "--no-plugins does without"
+            "the plugin library does not know it: `edgeseg kernels build --tensorrt` makes it "
+            "again, --no-plugins does without"
         )
     else:
         way_out = (
@@ -552,9 +555,3 @@ def _version() -> str:
             "JetPack 6.1 is the first that has it"
         )
     return version
-
-
-def _edgeseg_version() -> str:
-    from edgeseg import __version__
-
-    return __version__

@@ -49,7 +49,7 @@ Stream = NewType("Stream", int)
 """A cudaStream_t that does not wait for the default stream."""
 
 Event = NewType("Event", int)
-"""A cudaEvent_t."""
+"""A cudaEvent_t, or a number that stands for one: PyCUDA hides it."""
 
 Graph = NewType("Graph", int)
 """An instantiated graph, a cudaGraphExec_t."""
@@ -104,7 +104,7 @@ class Cuda(Protocol):
         """Free and total memory of the device now."""
 
     def allocate(self, size: int) -> int:
-        """The address of ``size`` new bytes on the device, aligned to 256; ``free`` ends them."""
+        """The address of ``size`` > 0 new bytes on the device, aligned to 256, for ``free``."""
 
     def free(self, address: int) -> None:
         """Ends what ``allocate`` gave; work that uses it must have been waited for."""
@@ -360,13 +360,14 @@ class PyCuda:
         self._memory: dict[int, Any] = {}
         self._streams: dict[int, Any] = {}
         self._events: dict[int, Any] = {}
+        self._last_event = 0
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """Errors of PyCUDA as ours."""
         try:
             yield
-        except (self._driver.Error, self._driver.MemoryError) as error:
+        except self._driver.Error as error:
             text = str(error)
             lowered = text.lower()
             name = next((name for words, name in _PYCUDA_WORDS if words in lowered), "")
@@ -439,9 +440,9 @@ class PyCuda:
         flags = self._driver.event_flags
         with self._errors():
             event = self._driver.Event(flags.DEFAULT if timing else flags.DISABLE_TIMING)
-        handle = int(event.handle)
-        self._events[handle] = event
-        return Event(handle)
+        self._last_event += 1
+        self._events[self._last_event] = event
+        return Event(self._last_event)
 
     def destroy_event(self, event: Event) -> None:
         del self._events[event]

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from math import prod
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -375,9 +375,8 @@ class TensorRtEngine:
             raise RequestError("this engine fits frames on the CPU; submit what prepare() gave")
         planes = launchers.FramePlanes(format=launchers.BGR8)
         planes.planes[0], planes.pitches[0] = address, pitch
-        fit = launchers.FrameFit(
-            *(getattr(geometry, name) for name, _ in launchers.FrameFit._fields_)
-        )
+        # The same fields, in the same order.
+        fit = launchers.FrameFit(*astuple(geometry))
         status = self._fitter.edgeseg_cuda_fit_frame(
             ctypes.byref(planes), ctypes.byref(fit), slot.image, slot.stream
         )
@@ -751,7 +750,10 @@ class _Output:
         self.shape = tensor.shape
         self.memory = _DeviceMemory(cuda)
         self._pinned = _PinnedMemory(cuda)
-        if self.shape is not None:
+
+    def reserve(self) -> None:
+        """Takes the memory of an output whose size is known beforehand."""
+        if self.shape is not None and self._bytes():
             self.memory.reserve(self._bytes())
             self._pinned.reserve(self._bytes())
 
@@ -799,6 +801,8 @@ class _Slot:
         self._pinned = owned(_PinnedMemory(cuda), _PinnedMemory.free)
         self.image = owned(cuda.allocate(spec.height * spec.width * 3), cuda.free)
         self.outputs = tuple(owned(_Output(tensor, cuda), _Output.free) for tensor in outputs)
+        for output in self.outputs:
+            output.reserve()
         self.graph: Graph | None = None
         self.owner: object = None
         self.copied_ns = 0

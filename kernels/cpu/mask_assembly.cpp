@@ -236,8 +236,8 @@ void append_count(int64_t value, std::vector<uint8_t>* text) {
   }
 }
 
-// COCO's run lengths from the turns of a mask, whose rows rise: down the columns, zeros first, each
-// length from the fourth on less the one two before it, five bits to a letter
+// COCO's run lengths from the turns of a mask, those of a column in order: down the columns, zeros
+// first, each length from the fourth on less the one two before it, five bits to a letter
 // (cocodataset/cocoapi, common/maskApi.c).
 void encode_runs(int32_t height, int32_t width, Span columns, Workspace* work) {
   const int32_t count = columns.is_empty() ? 0 : columns.end - columns.begin;
@@ -526,10 +526,8 @@ EDGESEG_EXPORT int32_t edgeseg_mask_bits(const edgeseg::Features* prototypes,
         const Crop crop = job.crops[k];
         const Span rows = crop.is_empty() ? Span{0, 0} : job.y_axis->axis.positions_of(crop.y);
         const Span columns = crop.is_empty() ? Span{0, 0} : job.x_axis->axis.positions_of(crop.x);
-        if (rows.is_empty() || columns.is_empty()) {
-          memset(mask, 0, fit->frame_height * pitch);
-          return kOk;
-        }
+        memset(mask, 0, fit->frame_height * pitch);
+        if (rows.is_empty() || columns.is_empty()) return kOk;
         Workspace* work = workspace();
         Patch patch;
         patch.place(crop, work);
@@ -537,12 +535,6 @@ EDGESEG_EXPORT int32_t edgeseg_mask_bits(const edgeseg::Features* prototypes,
         // The bytes that the mask can reach, in whole vectors.
         const int64_t first = columns.begin / kMaxLanes * (kMaxLanes / 8);
         const int64_t end = std::min<int64_t>(round_up(columns.end, kMaxLanes) / 8, pitch);
-        memset(mask, 0, rows.begin * pitch);
-        for (int32_t y = rows.begin; y < rows.end; ++y) {
-          memset(mask + y * pitch, 0, first);
-          memset(mask + y * pitch + end, 0, pitch - end);
-        }
-        memset(mask + rows.end * pitch, 0, (fit->frame_height - rows.end) * pitch);
         loops.draw_bits(job, patch, {mask + first, pitch, first, end}, work);
         return kOk;
       });

@@ -278,15 +278,17 @@ void draw_bits(const Job& job, const Patch& patch, const BitRows& target, Worksp
   }
 }
 
-// Adds the turns between two rows in `count` bytes, the first of them pixel x of row y.
+// Adds the turns between two rows in `count` bytes, a multiple of kStep; the first of them is pixel
+// x of row y.
+template <int32_t kStep>
 EDGESEG_INLINE void add_turns(const uint8_t* before, const uint8_t* row, int64_t count, int32_t y,
                               int32_t x, std::vector<Turn>* turns) {
-  for (int64_t byte = 0; byte < count; byte += 8) {
-    const int64_t size = std::min<int64_t>(count - byte, 8);
+  static_assert(kStep <= 8, "as many bytes as a word has");
+  for (int64_t byte = 0; byte < count; byte += kStep) {
     uint64_t old_bits = 0;
     uint64_t new_bits = 0;
-    memcpy(&old_bits, before + byte, size);
-    memcpy(&new_bits, row + byte, size);
+    memcpy(&old_bits, before + byte, kStep);
+    memcpy(&new_bits, row + byte, kStep);
     uint64_t changed = old_bits ^ new_bits;
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
     changed = __builtin_bswap64(changed);
@@ -299,12 +301,12 @@ EDGESEG_INLINE void add_turns(const uint8_t* before, const uint8_t* row, int64_t
   }
 }
 
-// All turns of the mask, those of a row from left to right and the rows from top to bottom.
+// All turns of the mask; those of a column from top to bottom.
 void find_turns(const Job& job, const Patch& patch, Workspace* work) {
   mark_patch(job, patch, work);
   const Span columns = job.x_axis->axis.positions_of(patch.crop.x);
   const int64_t first = columns.begin / kGroup * kGroupBytes;
-  const int64_t bytes = round_up(columns.end, kGroup) / 8 - first;
+  const int64_t bytes = round_up(round_up(columns.end, kGroup) / 8 - first, 8);
   const int32_t x = static_cast<int32_t>(first * 8);
   // Row 0 is the one above the strip.
   work->rows.assign((kStripRows + 1) * bytes, 0);
@@ -316,8 +318,8 @@ void find_turns(const Job& job, const Patch& patch, Workspace* work) {
     row = job.y_axis->begin[cell];
     if (row == row_end) continue;
     decide_strip(job, patch, cell - patch.top, strip, work);
-    bool decided = false;  // whether the row above has this strip's decided cells
-    while (row < row_end) {
+    // Below a strip's first row, only groups with a mixed cell change.
+    for (int32_t begin = 1; row < row_end; begin = 0) {
       const int32_t rows = std::min(row_end - row, kStripRows);
       for (int32_t i = 0; i < rows; ++i) {
         memcpy(strip.row(i), work->base.data(), work->base.size());
@@ -325,24 +327,20 @@ void find_turns(const Job& job, const Patch& patch, Workspace* work) {
       for (const int32_t group : work->groups) {
         draw_group(job, patch, cell - patch.top, group, row, rows, strip);
       }
-      for (int32_t i = 0; i < rows; ++i) {
-        if (!decided) {
-          add_turns(strip.row(i - 1), strip.row(i), bytes, row + i, x, &work->turns);
-          decided = true;
-          continue;
-        }
-        for (const int32_t group : work->groups) {
-          const int64_t byte = group * kGroupBytes - first;
-          add_turns(strip.row(i - 1) + byte, strip.row(i) + byte, kGroupBytes, row + i,
-                    group * kGroup, &work->turns);
+      if (begin == 1) add_turns<8>(strip.row(-1), strip.row(0), bytes, row, x, &work->turns);
+      for (const int32_t group : work->groups) {
+        const int64_t byte = group * kGroupBytes - first;
+        for (int32_t i = begin; i < rows; ++i) {
+          add_turns<kGroupBytes>(strip.row(i - 1) + byte, strip.row(i) + byte, kGroupBytes, row + i,
+                                 group * kGroup, &work->turns);
         }
       }
-      memcpy(work->rows.data(), strip.row(rows - 1), bytes);
+      memcpy(strip.row(-1), strip.row(rows - 1), bytes);
       row += rows;
     }
   }
   memset(strip.row(0), 0, bytes);
-  add_turns(work->rows.data(), strip.row(0), bytes, row, x, &work->turns);
+  add_turns<8>(strip.row(-1), strip.row(0), bytes, row, x, &work->turns);
 }
 
 constexpr Loops kLoops = {kLanes, fill_patch, store_levels, draw_bits, find_turns};

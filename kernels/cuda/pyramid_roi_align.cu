@@ -17,15 +17,17 @@ namespace {
 constexpr int32_t kWarp = 32;
 constexpr int32_t kWarpsPerBlock = 8;
 constexpr int32_t kBlock = kWarp * kWarpsPerBlock;
+constexpr int32_t kBlocksPerProcessor =
+    4; // 64 registers a thread: nothing spills
 
 // Room for the taps of one axis. A box that needs more takes the slow path.
 constexpr int32_t kTableBins = 128;
 constexpr int32_t kTableTaps = 512;
 
-// Channels first: a warp does so many planes at a time, and sums so many
-// columns of each.
+// Channels first: a warp does so many planes at a time, with room for the sums
+// of so many columns; of boxes that are too wide for that, one plane.
 constexpr int32_t kPlanes = 4;
-constexpr int32_t kColumns = 192;
+constexpr int32_t kColumnRoom = 512;
 constexpr int32_t kPlanarChannels =
     2 * kWarpsPerBlock * kPlanes; // of one unit of work
 
@@ -210,21 +212,21 @@ struct Walk {
   }
 };
 
-// A warp pools kPlanes planes. First the columns, each summed over its rows for
+// A warp pools kCount planes. First the columns, each summed over its rows for
 // some rows of bins, with neighbouring lanes on neighbouring pixels; then bins
 // from their columns.
-template <class T>
+template <class T, int kCount>
 __device__ __forceinline__ void pool_planes(const Unit &unit, int32_t lane,
-                                            int32_t channel,
-                                            float (*columns)[kColumns]) {
+                                            int32_t channel, float *columns) {
+  constexpr int32_t kRoom = kColumnRoom / kCount;
   const int32_t span = unit.x.last - unit.x.first + 1;
   const int32_t pixel_stride = unit.pixel_stride;
   const int32_t row_stride = unit.map_width * pixel_stride;
   // Planes after the last one are the last one again, and not written.
-  const int32_t planes = min(kPlanes, unit.channels - channel);
-  const T *from[kPlanes];
+  const int32_t planes = min(kCount, unit.channels - channel);
+  const T *from[kCount];
 #pragma unroll
-  for (int p = 0; p < kPlanes; ++p) {
+  for (int p = 0; p < kCount; ++p) {
     from[p] = static_cast<const T *>(unit.features) +
               (channel + min(p, planes - 1)) * unit.channel_stride +
               unit.x.first * pixel_stride;
@@ -233,7 +235,7 @@ __device__ __forceinline__ void pool_planes(const Unit &unit, int32_t lane,
 
   // As many rows at a time as there is room for, each time about the same
   // number.
-  const int32_t most_rows = kColumns / span;
+  const int32_t most_rows = kRoom / span;
   const int32_t passes = (unit.bins_y + most_rows - 1) / most_rows;
   const int32_t rows_each = (unit.bins_y + passes - 1) / passes;
   for (int32_t row = 0; row < unit.bins_y; row += rows_each) {
@@ -243,17 +245,17 @@ __device__ __forceinline__ void pool_planes(const Unit &unit, int32_t lane,
       const Tap *taps = unit.y.taps + (row + at.major) * unit.y.room;
       const int32_t count = unit.y.count[row + at.major];
       const int32_t column = at.minor * pixel_stride;
-      float sum[kPlanes] = {};
+      float sum[kCount] = {};
       for (int32_t t = 0; t < count; ++t) {
         const Tap tap = taps[t];
         const int32_t offset = tap.pixel * row_stride + column;
 #pragma unroll
-        for (int p = 0; p < kPlanes; ++p)
+        for (int p = 0; p < kCount; ++p)
           sum[p] += tap.weight * to_float(from[p][offset]);
       }
 #pragma unroll
-      for (int p = 0; p < kPlanes; ++p)
-        columns[p][i] = sum[p];
+      for (int p = 0; p < kCount; ++p)
+        columns[p * kRoom + i] = sum[p];
     }
     __syncwarp();
     Walk bin(lane, kWarp, unit.bins_x);
@@ -261,15 +263,15 @@ __device__ __forceinline__ void pool_planes(const Unit &unit, int32_t lane,
       const Tap *taps = unit.x.taps + bin.minor * unit.x.room;
       const int32_t count = unit.x.count[bin.minor];
       const int32_t first = bin.major * span - unit.x.first;
-      float sum[kPlanes] = {};
+      float sum[kCount] = {};
       for (int32_t t = 0; t < count; ++t) {
         const Tap tap = taps[t];
 #pragma unroll
-        for (int p = 0; p < kPlanes; ++p)
-          sum[p] += tap.weight * columns[p][first + tap.pixel];
+        for (int p = 0; p < kCount; ++p)
+          sum[p] += tap.weight * columns[p * kRoom + first + tap.pixel];
       }
 #pragma unroll
-      for (int p = 0; p < kPlanes; ++p) {
+      for (int p = 0; p < kCount; ++p) {
         if (p < planes)
           store(sum[p], to + p * unit.bins + row * unit.bins_x + i);
       }
@@ -280,23 +282,29 @@ __device__ __forceinline__ void pool_planes(const Unit &unit, int32_t lane,
 
 // Levels of any strides; made for channels first.
 template <class T>
-__global__ void __launch_bounds__(kBlock) planar_kernel(const Job job) {
+__global__ void __launch_bounds__(kBlock, kBlocksPerProcessor)
+    planar_kernel(const Job job) {
   __shared__ Unit unit;
-  __shared__ float columns[kWarpsPerBlock][kPlanes][kColumns];
+  __shared__ float columns[kWarpsPerBlock][kColumnRoom];
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarp;
   for (int64_t number = blockIdx.x; number < job.units; number += gridDim.x) {
     prepare<T>(job, number, &unit);
+    const int32_t span = unit.x.last - unit.x.first + 1;
     if (unit.roi.is_empty) {
       write_zeros<T>(unit);
-    } else if (unit.overflowed != 0 || unit.x.last - unit.x.first >= kColumns) {
+    } else if (unit.overflowed != 0 || span > kColumnRoom) {
       pool_without_tables<T>(unit);
     } else if (unit.x.last < 0) {
       write_zeros<T>(unit);
+    } else if (span > kColumnRoom / kPlanes) {
+      for (int32_t c = warp; c < unit.channels; c += kWarpsPerBlock) {
+        pool_planes<T, 1>(unit, lane, c, columns[warp]);
+      }
     } else {
       for (int32_t c = warp * kPlanes; c < unit.channels;
            c += kWarpsPerBlock * kPlanes) {
-        pool_planes<T>(unit, lane, c, columns[warp]);
+        pool_planes<T, kPlanes>(unit, lane, c, columns[warp]);
       }
     }
   }
@@ -321,7 +329,8 @@ template <class T, int kCount> struct Channels {
 // where kCount > 1. The output is channels first, so the block puts it together
 // in shared memory and writes it in order.
 template <class T, int kCount>
-__global__ void __launch_bounds__(kBlock) interleaved_kernel(const Job job) {
+__global__ void __launch_bounds__(kBlock, kBlocksPerProcessor)
+    interleaved_kernel(const Job job) {
   __shared__ Unit unit;
   __shared__ uint4 tile_bits[kTileBytes / sizeof(uint4)];
   T *tile = reinterpret_cast<T *>(tile_bits);

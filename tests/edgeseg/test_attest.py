@@ -192,7 +192,7 @@ def test_wider_layers_are_named() -> None:
 def test_a_long_list_of_names_is_cut() -> None:
     names = [f"conv{index}" for index in range(9)]
     inspected = old(*(convolution(name, "Half", old_tensor(HALF)) for name in names))
-    found = Attestation.of(inspected, promise(**dict.fromkeys(names, "int8")))
+    found = Attestation.of(inspected, Promise(dict.fromkeys(names, "int8"), {}))
     assert found.failures[0].startswith("9 of 9 layers")
     assert "conv0 (fp16), conv1 (fp16), conv2 (fp16) and 6 more" in found.failures[0]
 

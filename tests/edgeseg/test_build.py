@@ -61,9 +61,11 @@ def gpu(device: Device = CARD, free: int = 6 << 30) -> Cuda:
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of the test's own, and no Jetson, wherever the tests run."""
+    """A cache of the test's own, 16 GiB free, and no Jetson, wherever the tests run."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "_JETSON", tmp_path / "nv_tegra_release")
+    free = {"MemAvailable": 16 << 30}
+    monkeypatch.setattr("edgeseg.engine.memory._meminfo", lambda path: free)
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ class Builder:
         return None if self.result is None else self.trt.host_memory(self.result)
 
     def _inspect(self, inspector: Any, kind: Any) -> str:
-        assert kind == self.trt.module.LayerInformationFormat.JSON  # type: ignore[attr-defined]
+        assert kind == self.trt.module.LayerInformationFormat.JSON
         return inspected(plugins=bool(self.loaded)) if self.inspection is None else self.inspection
 
     def _load(self, registry: Any, path: str) -> Any:
@@ -133,7 +135,7 @@ class Builder:
     def log(self, severity: str, message: str) -> None:
         """Logs as TensorRT does."""
         (made, *_) = self.trt.named("Builder.__init__")
-        value = getattr(self.trt.module.ILogger, severity)  # type: ignore[attr-defined]
+        value = getattr(self.trt.module.ILogger, severity)
         self.trt.drive(made.arguments["logger"], "log", value, message)
 
     def value(self, name: str) -> Any:
@@ -274,7 +276,7 @@ def test_options(builder: Builder, bundle: Bundle) -> None:
 
 
 def test_same_compute_capability(builder: Builder, bundle: Bundle) -> None:
-    levels: Any = builder.trt.module.HardwareCompatibilityLevel  # type: ignore[attr-defined]
+    levels: Any = builder.trt.module.HardwareCompatibilityLevel
     options = BuildOptions(hardware_compatible="same_compute_capability")
     if builder.trt.release.name == "10.3":
         assert not hasattr(levels, "SAME_COMPUTE_CAPABILITY")
@@ -369,7 +371,7 @@ def test_dla_that_everything_fell_from(builder: Builder, bundle: Bundle) -> None
 
 
 def network_inputs(builder: Builder, name: str, shape: tuple[int, ...]) -> None:
-    dims: Any = builder.trt.module.Dims  # type: ignore[attr-defined]
+    dims: Any = builder.trt.module.Dims
     builder.trt.when("INetworkDefinition.num_inputs", returns=1)
     tensor = builder.trt.new("ITensor", name=name, shape=dims(shape))
     builder.trt.when("INetworkDefinition.get_input", returns=tensor)
@@ -485,7 +487,7 @@ def parser_fails(builder: Builder, *errors: dict[str, Any]) -> None:
 
 
 def parser_error(builder: Builder, code: str, node: str, operator: str, words: str) -> Any:
-    codes: Any = builder.trt.module.ErrorCode  # type: ignore[attr-defined]
+    codes: Any = builder.trt.module.ErrorCode
     return {
         "code": getattr(codes, code), "node_name": node, "node_operator": operator, "desc": words,
         "node": 7,
@@ -604,18 +606,16 @@ def test_an_engine_that_does_not_load(builder: Builder, bundle: Bundle) -> None:
         built(bundle)
 
 
-def test_no_gpu(builder: Builder, bundle: Bundle) -> None:
+def test_no_gpu(builder: Builder, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     error = TypeError("pybind11::init(): factory function returned nullptr")
-    builder.trt.when("IBuilderConfig.DLA_core", returns=0)
-    original: Any = builder.trt.module.Builder  # type: ignore[attr-defined]
+    original: Any = builder.trt.module.Builder
 
     def refuses(logger: Any) -> Any:
-        made = original(logger)
+        original(logger)
         builder.log("ERROR", "CUDA initialization failure with error: 35.")
-        del made
         raise error
 
-    builder.trt.module.Builder = refuses  # type: ignore[attr-defined]
+    monkeypatch.setattr(builder.trt.module, "Builder", refuses)
     with pytest.raises(EngineError, match=r"cannot use the GPU \(CUDA initialization failure with"):
         built(bundle)
 
@@ -634,7 +634,7 @@ def test_tensorrt_that_is_too_old(
     monkeypatch: pytest.MonkeyPatch, bundle: Bundle, version: str
 ) -> None:
     old = ModuleType("tensorrt")
-    old.__version__ = version  # type: ignore[attr-defined]
+    monkeypatch.setattr(old, "__version__", version, raising=False)
     monkeypatch.setitem(sys.modules, "tensorrt", old)
     with pytest.raises(EngineError, match=f"needs TensorRT 10.3 or newer, and {version} is here"):
         built(bundle)

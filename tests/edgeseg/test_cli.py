@@ -537,8 +537,11 @@ def test_other_classes_than_the_data(run: Run, bundle_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("run", "BUNDLE", "--source", STREET, "--engine", "abacus"), "the engines are openvino"),
-        (("profile", "BUNDLE", "--engine", ""), "the engines are openvino"),
+        (
+            ("run", "BUNDLE", "--source", STREET, "--engine", "abacus"),
+            "the engines are tensorrt, openvino",
+        ),
+        (("profile", "BUNDLE", "--engine", ""), "the engines are tensorrt, openvino"),
         (("run", "BUNDLE", "--source", STREET, "--save", "x.mp4", "--opacity", "2"), "0 and 1"),
         (("eval", "streets", "--data", "imagenet:x"), "imagenet"),
         (("eval", "streets", "--data", "synthetic:", "--split", "moon"), "not 'moon'"),

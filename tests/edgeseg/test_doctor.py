@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from edgeseg import doctor
 from edgeseg.doctor import Check, Diagnosis, examine
 
 BUILD_INFORMATION = """
@@ -301,3 +303,62 @@ def test_the_doctor_does_not_need_opencv() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+JETSON = {"etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 1, BOARD: generic"}
+
+
+@pytest.mark.parametrize(
+    ("tensorrt", "package", "first"),
+    [
+        (working("10.3.0"), "cuda-bindings", "TensorRT or OpenVINO runs the models"),
+        (working("10.3.0"), None, "OpenVINO runs the models"),
+        (MISSING, "pycuda", "OpenVINO runs the models"),
+    ],
+)
+def test_tensorrt_is_an_engine_with_a_gpu_and_cuda_for_python(
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    tensorrt: str,
+    package: str | None,
+    first: str,
+) -> None:
+    machine.install(tensorrt=tensorrt)
+    versions = {package: "12.6.0"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    assert machine.check("Engine").detail == "OpenVINO runs the models"  # no GPU yet
+    for path, text in JETSON.items():
+        machine.file(path, text)
+    assert machine.check("Engine").detail == first
+    cuda = machine.check("CUDA for Python")
+    assert cuda.state == ("missing" if package is None else "ok")
+    assert ("cuda-bindings" in (cuda.remedy or "")) == (package is None)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "plugins", "words"),
+    [
+        (True, True, "kernels and TensorRT plugins built"),
+        (True, False, "TensorRT plugins not built"),
+        (False, False, "kernels and TensorRT plugins not built"),
+    ],
+)
+def test_cuda_kernels(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, cuda: bool, plugins: bool, words: str
+) -> None:
+    library = Path("library.so")
+    build = importlib.import_module("edgeseg.kernels.build")  # the function has its name
+    monkeypatch.setattr(
+        "edgeseg.kernels.build.find_cuda_library", lambda: library if cuda else None
+    )
+    monkeypatch.setattr(
+        "edgeseg.kernels.build.find_plugin_library", lambda: library if plugins else None
+    )
+    complete = cuda and plugins
+    assert machine.check("CUDA kernels").state == ("ok" if complete else "optional")
+    for path, text in JETSON.items():
+        machine.file(path, text)
+    found = machine.check("CUDA kernels")
+    assert found.state == ("ok" if complete else "missing")
+    assert found.detail.startswith(words)
+    assert found.remedy == (None if complete else "edgeseg kernels build --tensorrt")

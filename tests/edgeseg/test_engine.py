@@ -24,7 +24,8 @@ from edgeseg.golden import Golden
 if TYPE_CHECKING:
     from tests.conftest import Tiny
 
-NAMES = [entry.name for entry in ENGINES]
+# Those for a GPU have tests of their own.
+NAMES = [entry.name for entry in ENGINES if not entry.needs_gpu]
 HEADS = [pytest.param(True, id="compiled"), pytest.param(False, id="graph")]
 SEEDS = range(4)
 
@@ -202,7 +203,7 @@ def test_graph_that_the_library_cannot_read(tiny: Tiny, tmp_path: Path, name: st
 
 def test_unknown_engine(bundle_folder: Path) -> None:
     with pytest.raises(
-        RequestError, match=r"^the engines are openvino, onnxruntime, and 'tflite' came"
+        RequestError, match=r"^the engines are tensorrt, openvino, onnxruntime, and 'tflite' came"
     ):
         open_engine(Bundle.open(bundle_folder), "tflite")
 
@@ -216,7 +217,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *libraries: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", found)
 
 
-@pytest.mark.parametrize("missing", NAMES)
+@pytest.mark.parametrize("missing", [entry.name for entry in ENGINES])
 def test_engine_that_is_not_installed(
     bundle_folder: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
@@ -267,7 +268,8 @@ def no_kernels() -> None:
 def test_head_in_the_graph_where_there_is_no_kernel(
     tiny: Tiny, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "load", no_kernels)
+    for module in (kernels, kernels.library):
+        monkeypatch.setattr(module, "load", no_kernels)
     with opened(tiny, tmp_path, name) as engine:
         assert engine.description.endswith("head in the graph")
         np.testing.assert_array_equal(

@@ -129,10 +129,10 @@ def test_shapes_of_single_operators(make: Any, side: int, stride: int) -> None:
     arrays = {
         "w": np.zeros((5, 3, 3, 2), np.float32),
         "t": np.zeros((3, 4, 3, 2), np.float32),
-        "scales": np.float32([1, 1, 2, 1.5]),
-        "sizes": np.int64([1, 3, 9, 40]),
-        "axes": np.int64([-1, 1]),
-        "rows": np.int64([0, -1, 3]),
+        "scales": np.asarray([1, 1, 2, 1.5], np.float32),
+        "sizes": np.asarray([1, 3, 9, 40], np.int64),
+        "axes": np.asarray([-1, 1], np.int64),
+        "rows": np.asarray([0, -1, 3], np.int64),
         "column": np.zeros((3, 1, 1), np.float32),
     }
     content = model([make(stride)], [1, 3, side, side + 2], arrays)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
-from edgeseg.errors import SourceError
+from edgeseg.engine import Engine
+from edgeseg.errors import RequestError, SourceError
+from edgeseg.frame import Pixels
 from edgeseg.model import Model, load
 from edgeseg.profile import peak_rss_mb, profile
 
@@ -88,3 +92,45 @@ def test_too_little_to_measure(model: Model, frames: int) -> None:
 def test_source_that_is_not_there(model: Model) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         profile(model, "none.mp4")
+
+
+class Layered:
+    """An engine that also times its layers."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.seen: list[Sequence[Pixels]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def layer_times(self, images: Sequence[Pixels]) -> list[tuple[str, float]]:
+        self.seen.append(images)
+        return [("stem", 0.25), ("head + argmax", 1.5), ("middle", 0.5)]
+
+
+def test_layers(model: Model) -> None:
+    engine = Layered(model.engine)
+    found = profile(Model(model.bundle, cast(Engine, engine)), STREET, frames=3, layers=True)
+    assert found.layers == (("stem", 0.25), ("head + argmax", 1.5), ("middle", 0.5))
+    assert found.to_dict()["layers"] == [
+        {"name": "stem", "ms": 0.25},
+        {"name": "head + argmax", "ms": 1.5},
+        {"name": "middle", "ms": 0.5},
+    ]
+    lines = found.render().splitlines()
+    at = next(i for i, line in enumerate(lines) if "slowest of 3 layers" in line)
+    assert [line.split("ms  ")[1] for line in lines[at + 1 : at + 4]] == [
+        "head + argmax",
+        "middle",
+        "stem",
+    ]
+    assert "head + argmax" in found.report().to_html()
+    (images,) = engine.seen
+    for image in images:
+        np.testing.assert_array_equal(image, found.last.geometry.fit(found.last.frame.pixels))
+
+
+def test_an_engine_that_cannot_time_layers_says_so(model: Model) -> None:
+    with pytest.raises(RequestError, match="timed by TensorRT only, and tiny is on openvino"):
+        profile(model, STREET, frames=3, layers=True)

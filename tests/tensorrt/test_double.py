@@ -6,76 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from tests.tensorrt.double import _CALLBACKS, Call, Double, MissingStub
+from tests.tensorrt.real import outcome
 from tests.tensorrt.stubs import RELEASES, Release, StubsError, bindings_environment
 
-# What a process says that imports the real bindings: every public name; what comes of each of the
-# expressions on its standard input: the text of the result, or the error's type; and which methods
-# of a derived class the bindings' C++ calls, with how many arguments.
-REAL = """
-import json, sys
-import tensorrt_bindings as trt
-OUTCOME
-public = lambda scope: sorted(name for name in dir(scope) if not name.startswith("_"))
-names = {}
-def walk(prefix, scope):
-    names[prefix] = public(scope)
-    for name in names[prefix]:
-        value = getattr(scope, name)
-        if isinstance(value, type) and value.__module__ == trt.tensorrt.__name__:
-            if value.__qualname__ == f"{prefix}.{name}".lstrip("."):
-                walk(value.__qualname__, value)
-walk("", trt)
-outcomes = [outcome(one, trt) for one in json.load(sys.stdin)]
-
-calls = []
-def recording(interface, names, result):
-    methods = {name: lambda self, *given, name=name: calls.append(
-        [interface, name, len(given)]) or result.get(name) for name in names}
-    methods["__init__"] = lambda self: getattr(trt, interface).__init__(self)
-    return type("Own", (getattr(trt, interface),), methods)()
-def call(interface, listener, method, *given):
-    # Through the base class, as TensorRT calls: C++ looks the override up.
-    getattr(getattr(trt, interface), method)(listener, *given)
-logger = recording("ILogger", ["log"], {})
-call("ILogger", logger, "log", trt.ILogger.ERROR, "text")
-monitor = recording("IProgressMonitor", ["phase_start", "step_complete", "phase_finish"],
-    {"step_complete": True})
-call("IProgressMonitor", monitor, "phase_start", "phase", "parent", 3)
-call("IProgressMonitor", monitor, "step_complete", "phase", 1)
-call("IProgressMonitor", monitor, "phase_finish", "phase")
-profiler = recording("IProfiler", ["report_layer_time"], {})
-call("IProfiler", profiler, "report_layer_time", "layer", 0.5)
-recorder = recording("IErrorRecorder", ["num_errors", "get_num_errors", "get_error_code",
-    "get_error_desc", "has_overflowed", "clear", "report_error"],
-    {"get_num_errors": 1, "num_errors": 1, "get_error_code": trt.ErrorCodeTRT.SUCCESS,
-     "get_error_desc": "text", "has_overflowed": False, "report_error": True})
-call("IErrorRecorder", recorder, "num_errors")
-call("IErrorRecorder", recorder, "get_error_code", 0)
-call("IErrorRecorder", recorder, "get_error_desc", 0)
-call("IErrorRecorder", recorder, "has_overflowed")
-call("IErrorRecorder", recorder, "clear")
-call("IErrorRecorder", recorder, "report_error", trt.ErrorCodeTRT.SUCCESS, "text")
-sys.stdout.write("\n" + json.dumps([names, outcomes, calls]))
-"""
-OUTCOME = '''
-def outcome(expression, trt):
-    """Text of a result, or the name of the error's type."""
-    scope = {"trt": trt}
-    *statements, last = expression.split("; ")
-    try:
-        exec("\\n".join(statements).replace("\\\\t", "    "), scope)
-        return str(eval(last, scope))
-    except Exception as error:
-        return type(error).__name__
-'''
-
-LISTENER = "class Own(trt.{0}):\n\tdef __init__(self): {1}; Own() and None"
+LISTENER = "class Own(trt.{0}):\n  def __init__(self): {1}\n; Own() and None"
 
 EXPRESSIONS = [
     # Enums.
@@ -173,13 +114,10 @@ EXPRESSIONS = [
         )
         for started in ("pass", "super().__init__()", f"trt.{name}.__init__(self)")
     ),
-    "class Own(trt.ILogger):\n\tpass; Own() and None",
-    "class Own(trt.ILogger):\n\tdef __init__(self): super().__init__(); self.own = 3; Own().own",
+    "class Own(trt.ILogger):\n  pass\n; Own() and None",
+    "class Own(trt.ILogger):\n  def __init__(self):\n    super().__init__()\n    self.own = 3\n; "
+    "Own().own",
 ]  # fmt: skip
-
-scope: dict[str, Any] = {}
-exec(OUTCOME, scope)
-outcome = scope["outcome"]
 
 
 class Real(NamedTuple):
@@ -200,7 +138,7 @@ def real(request: pytest.FixtureRequest) -> Real:
     except StubsError as error:
         pytest.skip(f"no bindings of TensorRT {release.name}: {error}")
     answer = subprocess.run(
-        [sys.executable, "-c", REAL.replace("OUTCOME", OUTCOME)],
+        [sys.executable, Path(__file__).parent / "real.py"],
         input=json.dumps(EXPRESSIONS),
         env={**os.environ, **environment},
         capture_output=True,
@@ -229,7 +167,8 @@ def test_callbacks_are_those_of_the_real_bindings(real: Real) -> None:
 def test_names_are_those_of_the_real_bindings(real: Real) -> None:
     trt = Double(real.release).module
     inside = {
-        "os", "sys", "ctypes", "warnings", "tensorrt", "common_enter", "common_exit", "attr", "value"
+        "os", "sys", "ctypes", "warnings", "tensorrt", "common_enter", "common_exit",
+        "attr", "value",
     }  # fmt: skip
     assert len(real.names) > 150
     for owner, expected in real.names.items():
@@ -419,7 +358,7 @@ def test_behaviour_of_functions_and_base_classes(tensorrt: Double) -> None:
     assert tensorrt.named("IResizeLayer.get_output_type") == []
 
 
-def test_host_memory(tensorrt: Double, tmp_path: Any) -> None:
+def test_host_memory(tensorrt: Double, tmp_path: Path) -> None:
     trt = tensorrt.module
     content = bytes(range(256))
     plan = tensorrt.host_memory(content)
@@ -517,7 +456,7 @@ def test_context_managers_are_deprecated(tensorrt: Double) -> None:
         trt.Builder(trt.Logger()).__enter__()
 
 
-def test_double_of_a_release_without_stubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_double_of_a_release_without_stubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tests.tensorrt.stubs.BUILD", tmp_path)
     with pytest.raises(MissingStub, match="make tensorrt-stubs"):
         Double.of("10.3")

@@ -80,6 +80,11 @@ struct LevelRule {
   }
 };
 
+EDGESEG_HD bool is_finite_number(float value) {
+  constexpr float kMost = 3.402823466e38f;
+  return value >= -kMost && value <= kMost;
+}
+
 // One axis of a box in the coordinates of its level.
 struct RoiAxis {
   float start;
@@ -87,10 +92,7 @@ struct RoiAxis {
   float bin;
   int32_t grid;  // samples a bin; 0 or less: none
 
-  EDGESEG_HD bool is_finite() const {
-    constexpr float kMost = 3.402823466e38f;
-    return start >= -kMost && start <= kMost && size >= -kMost && size <= kMost;
-  }
+  EDGESEG_HD bool is_finite() const { return is_finite_number(start) && is_finite_number(size); }
 
   // The reference's expression, so that rounding puts samples on the same side of the map's edge.
   EDGESEG_HD float position(int32_t bin_index, int32_t sample) const {
@@ -121,7 +123,8 @@ EDGESEG_HD RoiAxis make_roi_axis(float low, float high, float scale, int32_t bin
   RoiAxis axis;
   axis.start = low * scale - offset;
   axis.size = (high * scale - offset) - axis.start;
-  if (!aligned && axis.size < 1.0f) axis.size = 1.0f;  // written so that NaN stays
+  // Only a finite size, or a box that ends at minus infinity would become one.
+  if (!aligned && is_finite_number(axis.size) && axis.size < 1.0f) axis.size = 1.0f;
   axis.bin = axis.size / static_cast<float>(bins);
   axis.grid = sampling_ratio;
   if (sampling_ratio == 0 && axis.is_finite()) {
