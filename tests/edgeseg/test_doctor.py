@@ -348,12 +348,8 @@ def test_cuda_kernels(
 ) -> None:
     library = Path("library.so")
     build = importlib.import_module("edgeseg.kernels.build")  # the function has its name
-    monkeypatch.setattr(
-        "edgeseg.kernels.build.find_cuda_library", lambda: library if cuda else None
-    )
-    monkeypatch.setattr(
-        "edgeseg.kernels.build.find_plugin_library", lambda: library if plugins else None
-    )
+    monkeypatch.setattr(build, "find_cuda_library", lambda: library if cuda else None)
+    monkeypatch.setattr(build, "find_plugin_library", lambda: library if plugins else None)
     complete = cuda and plugins
     assert machine.check("CUDA kernels").state == ("ok" if complete else "optional")
     for path, text in JETSON.items():

@@ -41,6 +41,7 @@ from edgeseg.result import Outputs
 from edgeseg.source import open_source
 from edgeseg.spec import Fit, ModelSpec, Preprocessing
 from tests.edgeseg.host_cuda import HostCuda
+from tests.tensorrt.stubs import RELEASES
 
 if TYPE_CHECKING:
     from tests.conftest import Tiny
@@ -58,6 +59,11 @@ SPEC = ModelSpec(
     preprocessing=Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bgr"),
     confidence=True,
 )
+# What has nothing to do with the release is tested on one.
+one_release = pytest.mark.parametrize(
+    "tensorrt_release", RELEASES[-1:], ids=lambda release: str(release.name), indirect=True
+)
+
 IMAGE = (1, 32, 48, 3)
 MASK = (1, 32, 48)
 
@@ -197,9 +203,7 @@ class HostFitter:
         if self.status:
             return self.status
         planes = launchers.FramePlanes.from_buffer_copy(frame._obj)
-        geometry = Geometry(
-            *(getattr(fit._obj, name) for name, _ in launchers.FrameFit._fields_)
-        )
+        geometry = Geometry(*(getattr(fit._obj, name) for name, _ in launchers.FrameFit._fields_))
         self.formats.append(planes.format)
 
         def work() -> None:
@@ -272,6 +276,7 @@ def test_masks_of_images(engine: TensorRtEngine) -> None:
     assert first.network_ns > 0 and first.fit_ns > 0 and first.head_ns == 0
 
 
+@one_release
 def test_images_of_any_memory(engine: TensorRtEngine) -> None:
     image = picture(1)
     read_only = image.copy()
@@ -280,6 +285,7 @@ def test_images_of_any_memory(engine: TensorRtEngine) -> None:
         check(engine.run(view), view)
 
 
+@one_release
 @pytest.mark.parametrize(
     "image",
     [
@@ -297,6 +303,7 @@ def test_other_images(engine: TensorRtEngine, image: Any) -> None:
     check(engine.run(picture(0)), picture(0))
 
 
+@one_release
 @pytest.mark.parametrize("fit", ["stretch", "letterbox"])
 @pytest.mark.parametrize(
     "size", [(32, 48), (64, 96), (1, 1), (7, 90), (301, 20), (480, 640), (16, 24)]
@@ -308,6 +315,7 @@ def test_frames_of_any_size(engine: TensorRtEngine, size: tuple[int, int], fit: 
         check(engine.submit(engine.prepare(Frame.of(frame), geometry)).outputs(), image)
 
 
+@one_release
 def test_frames_that_change_size(engine: TensorRtEngine, cuda: HostCuda) -> None:
     before = len(cuda.named("end_capture"))
     for seed, size in enumerate([(40, 40), (90, 100), (8, 9), (90, 100), (32, 48), (200, 10)] * 2):
@@ -317,6 +325,7 @@ def test_frames_that_change_size(engine: TensorRtEngine, cuda: HostCuda) -> None
     assert len(cuda.named("end_capture")) == before
 
 
+@one_release
 def test_nothing_is_allocated_per_frame(engine: TensorRtEngine, cuda: HostCuda) -> None:
     geometry, _ = fitted(picture(0, 64, 96))
     frames = [Frame.of(picture(seed, 64, 96)) for seed in range(12)]
@@ -330,6 +339,7 @@ def test_nothing_is_allocated_per_frame(engine: TensorRtEngine, cuda: HostCuda) 
     assert "synchronize" not in methods and cuda.pageable_copies == 0
 
 
+@one_release
 def test_geometry_of_another_frame(engine: TensorRtEngine) -> None:
     geometry, _ = fitted(picture(0, 64, 96))
     for _ in range(3):
@@ -337,6 +347,7 @@ def test_geometry_of_another_frame(engine: TensorRtEngine) -> None:
             engine.submit(engine.prepare(Frame.of(picture(0, 20, 30)), geometry))
 
 
+@one_release
 def test_times_are_those_of_the_gpu(engine: TensorRtEngine, cuda: HostCuda) -> None:
     # A piece of work takes 1 microsecond of the host's clock. Waiting in line is nobody's time.
     geometry, _ = fitted(picture(0, 64, 96))
@@ -359,6 +370,7 @@ def order_of_streams(cuda: HostCuda, engine: TensorRtEngine, eager: str) -> None
             cuda.synchronize(stream)
 
 
+@one_release
 @pytest.mark.parametrize("eager", ["compute", "slots", "nothing"])
 @pytest.mark.parametrize("captures", [True, False])
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -389,12 +401,14 @@ def test_frames_in_flight(
     assert len(network.streams) == 1
 
 
+@one_release
 def test_outputs_may_be_taken_in_any_order(engine: TensorRtEngine) -> None:
     first, second = (engine.submit(Prepared(picture(seed))) for seed in range(2))
     check(second.outputs(), picture(1))
     check(first.outputs(), picture(0))
 
 
+@one_release
 def test_slots_alternate(engine: TensorRtEngine, cuda: HostCuda) -> None:
     for seed in range(6):
         engine.submit(Prepared(picture(seed))).outputs()
@@ -402,6 +416,7 @@ def test_slots_alternate(engine: TensorRtEngine, cuda: HostCuda) -> None:
     assert graphs[0] != graphs[1] and graphs == graphs[:2] * 3
 
 
+@one_release
 def test_upload_does_not_wait_for_the_network(engine: TensorRtEngine, cuda: HostCuda) -> None:
     # With a frame in the network, another one's upload and fit run, and nothing else of it.
     geometry, _ = fitted(picture(0, 64, 96))
@@ -418,6 +433,7 @@ def test_upload_does_not_wait_for_the_network(engine: TensorRtEngine, cuda: Host
         check(frame.outputs(), geometry.fit(picture(seed, 64, 96)))
 
 
+@one_release
 def test_too_many_frames(engine: TensorRtEngine) -> None:
     flying = [engine.submit(Prepared(picture(seed))) for seed in range(2)]
     with pytest.raises(RequestError, match="2 frames may be inside the engine, and one more came"):
@@ -429,6 +445,7 @@ def test_too_many_frames(engine: TensorRtEngine) -> None:
         flying[1].outputs()
 
 
+@one_release
 def test_threads_share_the_work(engine: TensorRtEngine) -> None:
     # One thread submits, another takes the outputs, as in the pipeline.
     room, flying = threading.Semaphore(2), []
@@ -472,6 +489,7 @@ def test_one_graph_per_slot(network: Network, cuda: HostCuda) -> None:
     cuda.assert_all_freed()
 
 
+@one_release
 def test_warm_up_is_over_before_the_capture(network: Network, cuda: HostCuda) -> None:
     engine = TensorRtEngine(b"plan", SPEC, cuda)
     methods = [call.method for call in cuda.calls]
@@ -481,6 +499,7 @@ def test_warm_up_is_over_before_the_capture(network: Network, cuda: HostCuda) ->
     engine.close()
 
 
+@one_release
 @pytest.mark.parametrize("at", ["begin_capture", "end_capture", "the second end", "the run"])
 def test_without_a_graph(network: Network, cuda: HostCuda, at: str) -> None:
     reason = "CUDA failed (cudaErrorStreamCaptureUnsupported)."
@@ -526,6 +545,7 @@ def test_without_a_graph(network: Network, cuda: HostCuda, at: str) -> None:
     cuda.assert_all_freed()
 
 
+@one_release
 def test_package_that_cannot_capture(network: Network, cuda: HostCuda) -> None:
     cuda.captures = False
     engine = TensorRtEngine(b"plan", SPEC, cuda)
@@ -537,11 +557,14 @@ def test_package_that_cannot_capture(network: Network, cuda: HostCuda) -> None:
 # --- fit on the CPU
 
 
+@one_release
 @pytest.mark.parametrize("status", [None, 209])
 def test_without_the_kernel(network: Network, cuda: HostCuda, status: int | None) -> None:
     fitter = None if status is None else HostFitter(cuda, status)
     engine = TensorRtEngine(b"plan", SPEC, cuda, fitter=fitter)
-    assert re.search(r"frames fitted on the CPU \(.*`edgeseg kernels build --cuda`", engine.description)
+    assert re.search(
+        r"frames fitted on the CPU \(.*`edgeseg kernels build --cuda`", engine.description
+    )
     frame = picture(3, 100, 60)
     geometry, image = fitted(frame, "letterbox")
     prepared = engine.prepare(Frame.of(frame), geometry)
@@ -619,6 +642,7 @@ def test_run_that_fails(network: Network, cuda: HostCuda, captures: bool) -> Non
     cuda.assert_all_freed()
 
 
+@one_release
 def test_run_that_fails_later(network: Network, cuda: HostCuda) -> None:
     cuda.captures = False
     engine = TensorRtEngine(b"plan", SPEC, cuda)
@@ -643,6 +667,7 @@ def test_context_without_memory(network: Network, cuda: HostCuda) -> None:
     cuda.assert_all_freed()
 
 
+@one_release
 def test_out_of_memory_at_any_allocation(network: Network) -> None:
     # Nothing is left behind, whichever allocation fails.
     failed = 0
@@ -673,6 +698,7 @@ def test_out_of_memory_at_any_allocation(network: Network) -> None:
     assert failed > 15
 
 
+@one_release
 def test_kernel_that_fails(engine: TensorRtEngine, cuda: HostCuda) -> None:
     first, second = (engine.submit(Prepared(picture(seed))) for seed in range(2))
     cuda.fail("synchronize_event", "A kernel failed (cudaErrorIllegalAddress).")
@@ -682,6 +708,7 @@ def test_kernel_that_fails(engine: TensorRtEngine, cuda: HostCuda) -> None:
     check(engine.run(picture(2)), picture(2))
 
 
+@one_release
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -711,7 +738,9 @@ def test_plan_of_another_contract(
 
 
 def test_gpu_that_tensorrt_cannot_use(network: Network, cuda: HostCuda) -> None:
-    network.trt.when("Runtime.__init__", raises=TypeError("pybind11::init(): factory returned null"))
+    network.trt.when(
+        "Runtime.__init__", raises=TypeError("pybind11::init(): factory returned null")
+    )
     if not network.trt.named("Runtime.__init__"):
         original = network.trt.module.Runtime  # type: ignore[attr-defined]
 
@@ -725,6 +754,7 @@ def test_gpu_that_tensorrt_cannot_use(network: Network, cuda: HostCuda) -> None:
     cuda.assert_all_freed()
 
 
+@one_release
 def test_wrong_number_of_frames(network: Network, cuda: HostCuda) -> None:
     with pytest.raises(RequestError, match="1 or more, and 0 came"):
         TensorRtEngine(b"plan", SPEC, cuda, frames_in_flight=0)
@@ -745,6 +775,7 @@ def test_close(network: Network, cuda: HostCuda) -> None:
         engine.run(picture(0))
 
 
+@one_release
 def test_context_goes_before_the_engine_and_the_runtime(network: Network, cuda: HostCuda) -> None:
     ended: list[str] = []
     trt = network.trt
@@ -752,12 +783,8 @@ def test_context_goes_before_the_engine_and_the_runtime(network: Network, cuda: 
     loaded, context = engine._loaded, engine._network
     real = (type(loaded).close, type(context).close)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            type(loaded), "close", lambda this: (ended.append("engine"), real[0](this))
-        )
-        patch.setattr(
-            type(context), "close", lambda this: (ended.append("context"), real[1](this))
-        )
+        patch.setattr(type(loaded), "close", lambda this: (ended.append("engine"), real[0](this)))
+        patch.setattr(type(context), "close", lambda this: (ended.append("context"), real[1](this)))
         engine.close()
     # Patched too late: the engine owns what it was given when it was opened.
     assert ended in ([], ["context", "engine"])
@@ -798,6 +825,7 @@ def test_outputs_whose_size_depends_on_the_frame(network: Network, cuda: HostCud
     cuda.assert_all_freed()
 
 
+@one_release
 def test_no_memory_for_such_an_output(network: Network, cuda: HostCuda) -> None:
     network.tensors["found"] = Tensor("OUTPUT", "INT32", (-1, 2))
     large = False
@@ -861,6 +889,7 @@ def test_layer_times(network: Network, cuda: HostCuda) -> None:
     cuda.assert_all_freed()
 
 
+@one_release
 def test_layer_times_of_nothing(network: Network, cuda: HostCuda) -> None:
     engine = TensorRtEngine(b"plan", SPEC, cuda)
     with pytest.raises(RequestError, match="none came"):
@@ -894,7 +923,9 @@ class Exporter:
 class Camera:
     """Frames in device memory, written by a stream of somebody else's."""
 
-    def __init__(self, cuda: HostCuda, pixels: Pixels, *, pitch: int = 0, late: bool = True) -> None:
+    def __init__(
+        self, cuda: HostCuda, pixels: Pixels, *, pitch: int = 0, late: bool = True
+    ) -> None:
         height, width = pixels.shape[:2]
         self.pitch = pitch or 3 * width
         self.cuda = cuda
@@ -930,6 +961,7 @@ class Camera:
             self.cuda.free(self.address)
 
 
+@one_release
 @pytest.mark.parametrize("pitch", [0, 256])
 @pytest.mark.parametrize("size", [(32, 48), (50, 70)])
 def test_frame_on_the_gpu(
@@ -948,6 +980,7 @@ def test_frame_on_the_gpu(
     camera.close()
 
 
+@one_release
 @pytest.mark.parametrize(
     "changes",
     [
@@ -967,6 +1000,7 @@ def test_interfaces(engine: TensorRtEngine, cuda: HostCuda, changes: dict[str, A
     camera.close()
 
 
+@one_release
 def test_work_on_the_default_stream_is_waited_for(engine: TensorRtEngine, cuda: HostCuda) -> None:
     pixels = picture(6, 40, 60)
     camera = Camera(cuda, np.zeros_like(pixels), late=False)
@@ -984,6 +1018,7 @@ def test_work_on_the_default_stream_is_waited_for(engine: TensorRtEngine, cuda: 
     camera.close()
 
 
+@one_release
 def test_owner_is_kept_until_the_outputs_are_there(engine: TensorRtEngine, cuda: HostCuda) -> None:
     pixels = picture(7, 40, 60)
     camera = Camera(cuda, pixels)
@@ -1047,6 +1082,7 @@ def test_strides_of_an_axis_of_length_1_mean_nothing() -> None:
         assert isinstance(frame, DeviceFrame) and frame.device.pitch >= 3 * shape[1]
 
 
+@one_release
 def test_frame_on_the_gpu_for_an_engine_that_fits_on_the_cpu(
     network: Network, cuda: HostCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1080,6 +1116,7 @@ class Borrowed:
         self.times_closed += 1
 
 
+@one_release
 def test_model_takes_frames_on_the_gpu(
     engine: TensorRtEngine, cuda: HostCuda, bundle_folder: Path
 ) -> None:
@@ -1116,9 +1153,9 @@ class _Managed(ctypes.Structure):
 
 
 _DESTRUCTOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_new_capsule = ctypes.PYFUNCTYPE(
-    ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, _DESTRUCTOR
-)(("PyCapsule_New", ctypes.pythonapi))
+_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, _DESTRUCTOR)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
 
 
 class Tensorlike:
@@ -1163,6 +1200,7 @@ class Tensorlike:
         return _new_capsule(ctypes.addressof(self._managed), self._name, self._end)
 
 
+@one_release
 def test_dlpack(engine: TensorRtEngine, cuda: HostCuda) -> None:
     pixels = picture(10, 40, 60)
     camera = Camera(cuda, pixels, pitch=200, late=False)
@@ -1181,6 +1219,7 @@ def test_dlpack(engine: TensorRtEngine, cuda: HostCuda) -> None:
     camera.close()
 
 
+@one_release
 def test_dlpack_without_strides(engine: TensorRtEngine, cuda: HostCuda) -> None:
     pixels = picture(11, 40, 60)
     camera = Camera(cuda, pixels, late=False)
@@ -1246,6 +1285,7 @@ def test_tensor_of_pytorch_on_the_host() -> None:
 # --- the pipeline
 
 
+@one_release
 @pytest.mark.parametrize("live", [False, True])
 def test_pipeline(engine: TensorRtEngine, cuda: HostCuda, live: bool) -> None:
     uri = f"synthetic:?size=96x128&frames=20{'&live=1&fps=200' if live else ''}"
