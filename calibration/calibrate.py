@@ -172,7 +172,8 @@ def calibrate(
     """Folds, observes, equalizes, observes again and chooses ranges, as ``recipe`` says.
 
     ``model``: what `edgeseg export` wrote. CalibrationError when it cannot be quantized;
-    RequestError when the recipe leaves layers in floating point that are not there, or all.
+    RequestError when the recipe leaves layers in floating point that are not there, or all of them
+    and nothing becomes FP16 either.
     """
     graph = prepared(model)
     _check_floats(graph, recipe)
@@ -209,8 +210,8 @@ def _check_floats(graph: Graph, recipe: QuantizationRecipe) -> None:
             f"there is no layer {unknown[0]!r} to leave in floating point; the layers are "
             f"{', '.join(layers)}"
         )
-    if set(recipe.floats) == set(layers):
+    if set(recipe.floats) == set(layers) and not recipe.half:
         raise RequestError(
             f"all {len(layers)} layers are to stay in floating point, and nothing is left to "
-            "quantize; name fewer"
+            "quantize; name fewer, or ask for half"
         )

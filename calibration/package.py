@@ -24,7 +24,7 @@ from edgeseg.calibration.frames import (
     open_frames,
     overlap_error,
 )
-from edgeseg.calibration.graph import WEIGHTED, Graph, is_standard
+from edgeseg.calibration.graph import WEIGHTED, Graph, is_standard, prepared
 from edgeseg.calibration.half import Half, to_half
 from edgeseg.calibration.lint import Placement as Linted
 from edgeseg.calibration.lint import lint
@@ -45,7 +45,7 @@ from edgeseg.evaluate import Evaluation, check_classes
 from edgeseg.frame import Pixels
 from edgeseg.golden import INT8_AGREEMENT
 
-__all__ = ["QuantizeRequest", "Quantized", "Trainer", "quantize_bundle"]
+__all__ = ["QuantizeRequest", "Quantized", "Trainer", "layer_names", "quantize_bundle"]
 
 # Pictures on which damage is measured, and on which INT8 and fp32 are compared.
 _JUDGED = 16
@@ -145,7 +145,7 @@ class Quantized:
         """Plain text for a terminal."""
         done = self.layers - len(self.floats)
         lines = [*self.notes, f"{done} of {self.layers} layers with weights in INT8"]
-        if self.floats:
+        if 0 < len(self.floats) < self.layers:
             lines.append(f"in floating point: {', '.join(self.floats)}")
         lines.append(f"{self.agreement:.2%} of pixels have the class that fp32 gives them")
         if self.accuracy is not None:
@@ -160,6 +160,15 @@ class Quantized:
             f"{self.placement.avoidable} of them avoidably"
         )
         return "\n".join(lines)
+
+
+def layer_names(bundle: Bundle) -> tuple[str, ...]:
+    """The layers of ``bundle`` that have weights, and could become INT8, in order.
+
+    CalibrationError when it is quantized already.
+    """
+    model = onnx.load_model_from_string(bundle.model.content)
+    return tuple(layer.name for layer in prepared(model).layers())
 
 
 def quantize_bundle(

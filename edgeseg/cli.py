@@ -193,6 +193,9 @@ def _parser() -> argparse.ArgumentParser:
         "--half", action="store_true", help="what is not INT8 becomes FP16 (for TensorRT)"
     )
     quantize.add_argument(
+        "--fp16", action="store_true", help="nothing becomes INT8, everything FP16 (for TensorRT)"
+    )
+    quantize.add_argument(
         "--finetune",
         type=_count,
         metavar="STEPS",
@@ -565,7 +568,13 @@ def _export(options: argparse.Namespace) -> int:
 
 def _quantize(options: argparse.Namespace) -> int:
     _check_json(options)
-    from edgeseg.calibration.package import QuantizeRequest, Trainer, quantize_bundle
+    from edgeseg.bundle import Bundle
+    from edgeseg.calibration.package import (
+        QuantizeRequest,
+        Trainer,
+        layer_names,
+        quantize_bundle,
+    )
     from edgeseg.calibration.recipe import Finetuning, QuantizationRecipe
 
     recipe = QuantizationRecipe()
@@ -576,6 +585,13 @@ def _quantize(options: argparse.Namespace) -> int:
         given["floats"] = tuple(name.strip() for name in options.keep_float.split(","))
     if options.half:
         given["half"] = True
+    if options.fp16:
+        if options.keep_float is not None or options.finetune is not None:
+            raise RequestError(
+                "--fp16 leaves no layer in INT8, so --keep-float and --finetune do not go with it"
+            )
+        floats = layer_names(Bundle.open(options.bundle))
+        given.update(floats=floats, half=True, equalize=0.0)
     if options.finetune is not None:
         given["finetune"] = replace(recipe.finetune or Finetuning(), steps=options.finetune)
     recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})

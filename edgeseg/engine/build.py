@@ -274,19 +274,22 @@ def _interruptible(
     """
     results: list[tuple[bytes, str]] = []
     errors: list[BaseException] = []
+    # Not Thread.join: interrupted, it takes the thread for ended (CPython up to 3.12, bpo-45274).
+    done = threading.Event()
 
     def run() -> None:
         try:
             results.append(work())
         except BaseException as error:
             errors.append(error)
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=run, name="edgeseg-build", daemon=True)
-    thread.start()
+    threading.Thread(target=run, name="edgeseg-build", daemon=True).start()
     interrupt: KeyboardInterrupt | None = None
-    while thread.is_alive():
+    while not done.is_set():
         try:
-            thread.join(_WAKE_S)
+            done.wait(_WAKE_S)
         except KeyboardInterrupt as pressed:
             if interrupt is not None:
                 raise

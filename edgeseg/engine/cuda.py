@@ -334,9 +334,9 @@ class CudaPython:
 class PyCuda:
     """``Cuda`` through PyCUDA's driver module, 2022.1 or newer.
 
-    Written after its published source; it has not been run on a GPU here. PyCUDA has no capture of
-    graphs. It keeps handles as objects that end what they hold when they go, so they are kept here
-    until they are destroyed.
+    Written after PyCUDA's published source (2026.1, src/wrapper/wrap_cudadrv.cpp), and never run on
+    a GPU. PyCUDA has no capture of graphs. Its handles are objects that end what they hold when
+    they go, so they are kept here until they are destroyed.
     """
 
     captures = False

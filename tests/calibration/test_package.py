@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeseg.bundle import Bundle, write_manifest
 from edgeseg.calibration import package
 from edgeseg.calibration.calibrate import Calibrated, Stage
-from edgeseg.calibration.package import QuantizeRequest, quantize_bundle
+from edgeseg.calibration.package import QuantizeRequest, layer_names, quantize_bundle
 from edgeseg.calibration.recipe import Finetuning, QuantizationRecipe
 from edgeseg.calibration.sensitivity import Laboratory
 from edgeseg.dataset import open_dataset
@@ -181,6 +181,19 @@ def test_half_is_in_the_types_and_engines_agree(place: Place, tmp_path: Path) ->
     assert list(model.graph.output) == list(original.graph.output)
     for name in available_engines():
         open_engine(Bundle.open(tmp_path / "half"), name, threads=1).close()
+
+
+def test_all_layers_may_be_half(place: Place, tmp_path: Path) -> None:
+    names = layer_names(Bundle.open(place.fork.folder))
+    assert set(names) == set(place.fork.LAYERS)
+    recipe = QuantizationRecipe(half=True, floats=names, equalize=0.0)
+    made = quantize_bundle(place.request(recipe=recipe), tmp_path / "half")
+    assert made.floats == names and made.agreement > 0.99
+    model = onnx.load_model(tmp_path / "half" / "model.onnx")
+    assert not {node.op_type for node in model.graph.node} & {"QuantizeLinear", "DequantizeLinear"}
+    types = {entry.name: entry.data_type for entry in model.graph.initializer}
+    assert all(types[f"{name}.weight"] == TensorProto.FLOAT16 for name in names)
+    assert not Bundle.open(tmp_path / "half").model.is_quantized()
 
 
 # --- a run that is cut off

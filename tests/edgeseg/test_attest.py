@@ -211,6 +211,13 @@ def test_a_precision_that_is_nowhere() -> None:
     assert Attestation.of(inspected, promise(a="fp32")).holds
 
 
+def test_layers_without_the_nodes_names_count_as_well() -> None:
+    # Renamed by TensorRT, but there.
+    inspected = old(convolution("__mye_1", "Int8", old_tensor(INT8)))
+    found = Attestation.of(inspected, promise(a="int8"))
+    assert found.holds and found.unseen == 1
+
+
 def test_fused_regions_are_told_and_are_no_failure() -> None:
     inspected = old(
         convolution("a", "Int8", old_tensor(INT8)),

@@ -445,6 +445,18 @@ def test_timing_cache_that_does_not_fit(builder: Builder, bundle: Bundle, how: s
     )
 
 
+def test_errors_of_the_timing_cache_are_no_cause(builder: Builder, bundle: Bundle) -> None:
+    def create(config: Any, content: bytes) -> Any:
+        builder.log("ERROR", "Serialization assertion magicTagRead failed")
+        return builder.trt.new("ITimingCache")
+
+    builder.trt.when("IBuilderConfig.create_timing_cache", does=create)
+    builder.during = lambda network, config: builder.log("ERROR", "the cause")
+    builder.result = None
+    with pytest.raises(EngineError, match="failed building .*: the cause;"):
+        built(bundle)
+
+
 def test_timing_cache_survives_a_plan_that_is_refused(builder: Builder, bundle: Bundle) -> None:
     builder.inspection = "{}"
     with pytest.raises(EngineError, match="not what the graph asks for"):
@@ -676,24 +688,49 @@ def test_ctrl_c_stops_the_build(
     builder: Builder, bundle: Bundle, leftovers: Callable[[Path], list[str]]
 ) -> None:
     steps = []
+    ended = []
 
     def during(network: Any, config: Any) -> None:
         assert threading.current_thread() is not threading.main_thread()
         builder.trt.drive(config.progress_monitor, "phase_start", "Building", None, 10**6)
         _thread.interrupt_main()
-        for step in range(10**6):
+        for step in range(20_000):
             steps.append(step)
             if not builder.trt.drive(config.progress_monitor, "step_complete", "Building", step):
+                # TensorRT takes its time to stop, and is waited for.
+                threading.Event().wait(0.5)
                 builder.result = None
+                ended.append(True)
                 return
             threading.Event().wait(0.001)
 
     builder.during = during
     with pytest.raises(KeyboardInterrupt):
         built(bundle)
-    assert 1 <= len(steps) < 10**5
+    assert ended == [True]
+    assert 1 <= len(steps) < 20_000
     assert bundle.folder is not None
     assert list((bundle.folder / "engines").iterdir()) == [] and leftovers(bundle.folder) == []
+
+
+def test_a_second_ctrl_c_waits_no_longer(builder: Builder, bundle: Bundle) -> None:
+    released = threading.Event()
+
+    def during(network: Any, config: Any) -> None:
+        monitor = config.progress_monitor
+        builder.trt.drive(monitor, "phase_start", "Building", None, 2)
+        _thread.interrupt_main()
+        while builder.trt.drive(monitor, "step_complete", "Building", 0):
+            threading.Event().wait(0.001)
+        _thread.interrupt_main()
+        released.wait(10)
+
+    builder.during = during
+    builder.result = None
+    with pytest.raises(KeyboardInterrupt):
+        built(bundle)
+    assert not released.is_set()
+    released.set()
 
 
 def test_shares_of_nested_phases() -> None:

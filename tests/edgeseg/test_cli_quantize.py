@@ -212,6 +212,11 @@ WRONG: dict[str, tuple[Options, int, str]] = {
         2,
         "there is no layer 'head' to leave in floating point; the layers are kernel",
     ),
+    "FP16 and a layer": (
+        lambda street, tmp: ["--fp16", "--keep-float", "kernel"],
+        2,
+        "--fp16 leaves no layer in INT8",
+    ),
     "all layers": (lambda street, tmp: ["--keep-float", "kernel"], 2, "nothing is left"),
     "an unknown method": (
         lambda street, tmp: ["--ranges", "max"],

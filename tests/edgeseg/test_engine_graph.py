@@ -154,6 +154,10 @@ def test_memory_of_a_chain_and_of_a_skip() -> None:
     assert Graph.read(model(chain, [1, 3, 4, 4], {})).activation_bytes() == 2 * 192
     skip = [*chain[:2], node("Add", "b,x", "y")]
     assert Graph.read(model(skip, [1, 3, 4, 4], {})).activation_bytes() == 3 * 192
+    # An output that is read on the way stays to the end.
+    kept = [node("Relu", "x", "y"), node("Relu", "y", "a"), node("Relu", "a", "b")]
+    kept.append(node("Relu", "b", "c"))
+    assert Graph.read(model(kept, [1, 3, 4, 4], {})).activation_bytes() == 3 * 192
     constant = onnx.numpy_helper.from_array(np.zeros((100, 100), np.float32))
     ignored = [*chain, onnx.helper.make_node("Constant", [], ["c"], "c", value=constant)]
     assert Graph.read(model(ignored, [1, 3, 4, 4], {})).activation_bytes() == 2 * 192

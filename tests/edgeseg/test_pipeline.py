@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeseg import pipeline as pipeline_module
-from edgeseg.engine.base import Engine, OneAtATime
+from edgeseg.engine.base import Engine, OneAtATime, Pending, Prepared
 from edgeseg.errors import EngineError, FrameError, RequestError, SourceError
 from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
@@ -238,6 +238,170 @@ def test_live_max_frames_counts_results() -> None:
         Stripes(), open_source("synthetic:?size=64x64&live=1&fps=500&frames=0"), max_frames=5
     ) as results:
         assert len(list(results)) == 5
+
+
+# --- engines that take several frames at a time
+
+
+class Flights:
+    """An engine that makes stripes of whole frames, several at a time.
+
+    ``before_submit`` and ``before_outputs`` run first, with the frame's number and the engine.
+    """
+
+    name = "flights"
+    description = "a test's engine"
+    spec = SPEC
+
+    def __init__(
+        self,
+        frames_in_flight: int,
+        before_submit: Callable[[int], None] = lambda index: None,
+        before_outputs: Callable[[int], None] = lambda index: None,
+    ) -> None:
+        self.frames_in_flight = frames_in_flight
+        self.before_submit = before_submit
+        self.before_outputs = before_outputs
+        self.submitted: list[int] = []
+        self.taken: list[int] = []
+        self.most_inside = 0
+
+    def run(self, pixels: Pixels) -> Outputs:
+        return self.submit(Prepared(pixels)).outputs()
+
+    def prepare(self, frame: Frame, geometry: Geometry) -> Prepared:
+        return Prepared(frame.pixels, geometry)
+
+    def submit(self, prepared: Prepared) -> Pending:
+        index = int(prepared.pixels[0, 0, 0])
+        self.before_submit(index)
+        self.submitted.append(index)
+        self.most_inside = max(self.most_inside, len(self.submitted) - len(self.taken))
+        return Flight(self, prepared)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class Flight:
+    """A frame inside; its outputs are there when somebody asks."""
+
+    def __init__(self, engine: Flights, prepared: Prepared) -> None:
+        self._engine = engine
+        self._prepared = prepared
+
+    def outputs(self) -> Outputs:
+        index = int(self._prepared.pixels[0, 0, 0])
+        assert index == self._engine.submitted[len(self._engine.taken)]
+        try:
+            self._engine.before_outputs(index)
+        finally:
+            self._engine.taken.append(index)
+        geometry = self._prepared.geometry
+        assert geometry is not None
+        fitted = geometry.fit(self._prepared.pixels)
+        return Outputs(fitted[..., 2] // 64, network_ns=2_000_000, fit_ns=5_000_000_000)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("frames_in_flight", [1, 2, 3])
+def test_as_many_frames_inside_as_the_engine_takes(frames_in_flight: int, depth: int) -> None:
+    engine: Engine
+    inside = [threading.Event() for _ in range(30)]
+
+    def outputs(index: int) -> None:
+        # Nobody's outputs are given before the engine is full.
+        last = min(index + frames_in_flight, 30) - 1
+        assert inside[last].wait(PATIENCE_S)
+
+    engine = flights = Flights(frames_in_flight, lambda index: inside[index].set(), outputs)
+    with Pipeline(engine, Numbers(30), depth=depth) as results:
+        found = list(results)
+    assert [result.index for result in found] == list(range(30)) == flights.taken
+    for result in found:
+        np.testing.assert_array_equal(result.class_map, expected(result.frame))
+    assert flights.most_inside == frames_in_flight
+
+
+def test_mask_of_an_idle_camera_is_not_held_back() -> None:
+    seen = [threading.Event() for _ in range(6)]
+
+    def capture(index: int) -> None:
+        # The camera has its next picture only after the last one's mask was seen.
+        if index > 0:
+            assert seen[index - 1].wait(PATIENCE_S)
+
+    with Pipeline(Flights(3), Numbers(6, live=True, before=capture)) as results:
+        for result in results:
+            seen[result.index].set()
+    assert results.ledger.frames == 6
+
+
+def test_full_engine_takes_the_newest_frame_next() -> None:
+    read = [threading.Event() for _ in range(31)]
+    submitted = [threading.Event() for _ in range(31)]
+    taken = [threading.Event() for _ in range(31)]
+
+    def capture(index: int) -> None:
+        read[index].set()
+        if index in (1, 2):
+            assert submitted[index - 1].wait(PATIENCE_S)
+
+    def outputs(index: int) -> None:
+        assert read[30].wait(PATIENCE_S)
+        if index > 0:
+            assert taken[0 if index == 1 else 1].wait(PATIENCE_S)
+
+    engine = Flights(2, lambda index: submitted[index].set(), outputs)
+    with Pipeline(engine, Numbers(30, live=True, before=capture)) as results:
+        found = []
+        for result in results:
+            found.append(result.index)
+            taken[result.index].set()
+    # 0 and 1 were inside while 2 to 29 came.
+    assert found == [0, 1, 29] and results.ledger.dropped == 27
+
+
+def test_fit_is_what_pipeline_and_engine_did_of_it() -> None:
+    with Pipeline(Flights(2), Numbers(5)) as results:
+        assert len(list(results)) == 5
+    fit_ms = results.ledger.percentiles("fit")[0]
+    assert 5_000 < fit_ms < 6_000
+
+
+@pytest.mark.parametrize("where", ["submit", "outputs"])
+def test_error_of_a_frame_comes_after_those_before_it(where: str) -> None:
+    error = EngineError("the network gave nothing")
+    hooks = {f"before_{where}": failing(3, error)}
+    engine = Flights(3, **hooks)
+    source = Numbers(250)
+    with pytest.raises(EngineError) as raised, Pipeline(engine, source) as results:
+        found = []
+        for result in results:
+            found.append(result.index)
+    assert raised.value is error and found == [0, 1, 2]
+    # What was inside has been taken out, and the source was not read for nobody.
+    assert engine.taken == engine.submitted
+    assert source.given < 30 and source.releases == 1
+
+
+def test_every_frame_fails() -> None:
+    def fail(index: int) -> None:
+        raise EngineError(f"frame {index}")
+
+    engine = Flights(3, before_outputs=fail)
+    with pytest.raises(EngineError, match="frame 0"), Pipeline(engine, Numbers(250)) as results:
+        list(results)
+    assert engine.taken == engine.submitted
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_leaving_early_takes_out_what_is_inside(live: bool) -> None:
+    engine = Flights(3)
+    with Pipeline(engine, Numbers(250, live=live)) as results:
+        for _ in results:
+            break
+    assert engine.taken == engine.submitted
 
 
 # --- errors

@@ -303,11 +303,22 @@ def test_a_plan_that_is_not_as_asked(bundle: Bundle) -> None:
 
 
 def test_the_closest_plan_is_spoken_of(bundle: Bundle) -> None:
-    built(bundle, device=THOR, tensorrt="11.4.0.106")
     near = built(bundle)
-    found = find(bundle, BuildOptions(), version="10.7.0")
-    assert isinstance(found, NoPlan) and found.path == near.path
-    assert len(found.reasons) == 1
+    far = built(bundle, device=THOR, tensorrt="11.4.0.106")
+    for newest in (near, far):
+        stamp = newest.sidecar.stat().st_mtime_ns + 10**10
+        os.utime(newest.sidecar, ns=(stamp, stamp))
+        found = find(bundle, BuildOptions(), version="10.7.0")
+        assert isinstance(found, NoPlan) and found.path == near.path
+        assert len(found.reasons) == 1
+
+
+def test_a_workspace_is_compared_when_one_is_asked_for(bundle: Bundle) -> None:
+    built(bundle, options=BuildOptions(workspace_mb=64))
+    assert isinstance(find(bundle, BuildOptions()), Plan)
+    assert isinstance(find(bundle, BuildOptions(workspace_mb=64)), Plan)
+    said = reasons(find(bundle, BuildOptions(workspace_mb=65)))
+    assert said == "built with workspace mb 64, asked workspace mb 65"
 
 
 def test_any_options_take_the_newest(bundle: Bundle) -> None:

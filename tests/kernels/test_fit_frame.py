@@ -259,29 +259,29 @@ def test_an_nv12_frame_may_be_one_array() -> None:
     )
 
 
-@pytest.mark.parametrize(("source", "target"), [(1 << 22, 1000), (999, 1 << 22), (1 << 22, 4099)])
+@pytest.mark.parametrize(("source", "target"), [(1 << 22, 1000), (999, 1 << 20)])
 def test_very_long_sides(source: int, target: int) -> None:
     rng = np.random.default_rng(7)
     row = rng.integers(0, 256, (1, source, 3), dtype=np.uint8)
     for frame, size in [(row, (1, target)), (row.transpose(1, 0, 2).copy(), (target, 1))]:
         image = kernels.fit_frame(frame, size)
-        rectangle = FrameRectangle.fitting(*frame.shape[:2], *size)
+        height, width = frame.shape[:2]
+        rectangle = FrameRectangle.fitting(height, width, *size)
         assert np.abs(image - expected_float64(frame, rectangle)).max() <= 0.53
 
 
 def test_rectangle_is_geometry() -> None:
     rng = np.random.default_rng(8)
-    sides = [(1, 1, 5000, 3), (1080, 1920, 512, 1024), (3, 4000, 2, 2)]
-    sides += [tuple(map(int, rng.integers(1, [20, 3000, 20, 3000][:4], 4))) for _ in range(300)]
-    for numbers in sides:
+    sides = [[1, 1, 5000, 3], [1080, 1920, 512, 1024], [3, 4000, 2, 2]]
+    sides += [list(map(int, rng.integers(1, (20, 3000, 20, 3000)))) for _ in range(300)]
+    for frame_height, frame_width, height, width in sides:
         for fit in FITS:
-            geometry = Geometry.fitting(*numbers, fit=fit)
-            rectangle = FrameRectangle.fitting(*numbers, fit=fit)
-            assert vars(rectangle) == vars(geometry)
+            geometry = Geometry.fitting(frame_height, frame_width, height, width, fit=fit)
+            rectangle = FrameRectangle.fitting(frame_height, frame_width, height, width, fit=fit)
             launched = rectangle.launched()
-            assert {name: getattr(launched, name) for name, _ in FrameFit._fields_} == vars(
-                geometry
-            )
+            assert [name for name, _ in FrameFit._fields_] == list(vars(rectangle))
+            for name, value in vars(rectangle).items():
+                assert value == getattr(geometry, name) == getattr(launched, name)
 
 
 def test_out_is_used_in_place_and_nothing_around_it() -> None:
@@ -465,8 +465,10 @@ def check_cuda(
     """The launcher gives the CPU's bytes, ``lead`` bytes into an allocation, and no others."""
     count = 3 * rectangle.height * rectangle.width
     room = np.full(lead + count + 16, POISON, np.uint8)
+    sent: Any = camera.buffer
+    received: Any = room
     if torch is None:
-        sent, received, stream = camera.buffer, room, None
+        stream = None
         addresses = (sent.ctypes.data, received.ctypes.data)
     else:
         sent, received = torch.from_numpy(camera.buffer).cuda(), torch.from_numpy(room).cuda()
