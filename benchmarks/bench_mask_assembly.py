@@ -75,7 +75,7 @@ def objects(instances: int, side: int = SIDE) -> Detections:
         middle, radius = ((x1 + x2) / 2, (y1 + y2) / 2), ((x2 - x1) / 2, (y2 - y1) / 2)
         distance = ((x - middle[0]) / radius[0]) ** 2 + ((y - middle[1]) / radius[1]) ** 2
         wanted = np.clip(8 * (0.95 - distance), -8, 8)[inside]
-        coefficients[index] = np.linalg.lstsq(waves[:, inside].T, wanted, rcond=1e-6)[0]
+        coefficients[index] = np.linalg.lstsq(waves[:, inside].T, wanted, rcond=1e-2)[0]
     return Detections(
         waves.astype(np.float32),
         coefficients.astype(np.float32),

@@ -104,9 +104,10 @@ def load(
     """The model of a bundle, opened on the best engine that is here.
 
     ``source``: a bundle's folder, an ONNX file made by EdgeSeg, or a model that ships with it
-    (``"streets"``, ``"streets-int8"``). ``engine``: ``"openvino"`` or ``"onnxruntime"``; None
-    chooses. ``threads``: 0 leaves it to the library. ``compiled_head``: False upsamples inside the
-    graph, None uses the compiled kernel if it is there.
+    (``"streets"``, ``"streets-int8"``). ``engine``: ``"tensorrt"``, ``"openvino"`` or
+    ``"onnxruntime"``; None chooses. TensorRT builds its plan the first time, which takes minutes.
+    ``threads``: 0 leaves it to the library. ``compiled_head``: False upsamples inside the graph,
+    None uses the compiled kernel if it is there.
 
     BundleError, EngineError or RequestError say in one sentence what is wrong and what helps.
     """

@@ -92,6 +92,11 @@ def export_network(
             f"{spec.architecture} takes sizes that are multiples of {stride}, "
             f"and {spec.height}x{spec.width} came"
         )
+    if min(spec.height, spec.width) < network.smallest:
+        raise RequestError(
+            f"{spec.architecture} takes sizes from {network.smallest}x{network.smallest} on, "
+            f"and {spec.height}x{spec.width} came"
+        )
     graph = _traced(network, spec)
     _write_names(graph)
     _drop_zero_biases(graph)

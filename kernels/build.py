@@ -7,6 +7,7 @@ runs where nothing else is installed yet.
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import os
 import re
@@ -226,29 +227,36 @@ def _find(library: _DeviceLibrary, tensorrt_major: int | None) -> tuple[Path | N
     ]
     for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
-            opened = ctypes.CDLL(str(path))
-            version = _number(opened, library.version_function)
-            if version != library.version:
-                reason = f"{path} has interface version {version}, expected {library.version}"
-                continue
-            if tensorrt_major is not None:
-                major = _number(opened, "edgeseg_plugin_tensorrt_major")
-                if major != tensorrt_major:
-                    reason = f"{path} was built for TensorRT {major}, and {tensorrt_major} is here"
-                    continue
+            numbers = _numbers(path, library.version_function, tensorrt_major is not None)
         except (OSError, AttributeError) as error:
             reason = f"{path} cannot be loaded ({error})"
+            continue
+        if numbers[0] != library.version:
+            reason = f"{path} has interface version {numbers[0]}, expected {library.version}"
+            continue
+        if tensorrt_major not in (None, numbers[-1]):
+            reason = f"{path} was built for TensorRT {numbers[-1]}, and {tensorrt_major} is here"
             continue
         return path, ""
     return None, reason
 
 
-def _number(library: ctypes.CDLL, function: str) -> int:
-    """What a function without arguments returns; AttributeError where there is none."""
-    asked = getattr(library, function)
-    asked.argtypes = []
-    asked.restype = ctypes.c_int32
-    return int(asked())
+def _numbers(path: Path, version_function: str, of_tensorrt: bool) -> list[int]:
+    """What a library says of itself: its version and, on request, TensorRT's major release.
+
+    OSError or AttributeError where it cannot. It is closed again, since a library that stays open
+    would hide the one that a rebuild puts in its place.
+    """
+    library = ctypes.CDLL(str(path))
+    try:
+        names = [version_function, *(["edgeseg_plugin_tensorrt_major"] if of_tensorrt else [])]
+        functions = [getattr(library, name) for name in names]
+        for function in functions:
+            function.argtypes = []
+            function.restype = ctypes.c_int32
+        return [int(function()) for function in functions]
+    finally:
+        _ctypes.dlclose(library._handle)
 
 
 def build_cuda(directory: Path | None = None, architectures: Sequence[str] | None = None) -> Path:

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.bundle import Bundle, tool_versions
@@ -155,9 +158,10 @@ def load_plugins(library: Path) -> None:
     registry = trt.get_plugin_registry()
     if _has_plugins(registry):
         return
-    # A null pointer, and a line in TensorRT's log, when the file is no plugin library.
-    handle = registry.load_library(str(library))
-    if handle is None or not _has_plugins(registry):
+    # A file that is no plugin library gives a null pointer and a line in TensorRT's log; one of
+    # another EdgeSeg gives a handle. Whether our plugins are there afterwards tells both.
+    registry.load_library(str(library))
+    if not _has_plugins(registry):
         raise EngineError(
             f"TensorRT {_version()} cannot load the plugin library {library}: it is damaged, or "
             "made for another machine or EdgeSeg; `edgeseg kernels build --tensorrt` makes it "
@@ -267,14 +271,13 @@ def _monitor(progress: BuildProgress) -> trt.IProgressMonitor:
 def _interruptible(
     work: Callable[[], tuple[bytes, str]], progress: BuildProgress
 ) -> tuple[bytes, str]:
-    """What ``work`` returns or raises, with Ctrl-C passed on to ``progress``.
+    """What ``work`` returns or raises; KeyboardInterrupt once it has ended after Ctrl-C.
 
     Python looks at signals in the main thread only, and not while that is inside TensorRT; so the
     work has a thread of its own and the main one waits in Python.
     """
     results: list[tuple[bytes, str]] = []
     errors: list[BaseException] = []
-    # Not Thread.join: interrupted, it takes the thread for ended (CPython up to 3.12, bpo-45274).
     done = threading.Event()
 
     def run() -> None:
@@ -285,21 +288,42 @@ def _interruptible(
         finally:
             done.set()
 
-    threading.Thread(target=run, name="edgeseg-build", daemon=True).start()
-    interrupt: KeyboardInterrupt | None = None
-    while not done.is_set():
-        try:
-            done.wait(_WAKE_S)
-        except KeyboardInterrupt as pressed:
-            if interrupt is not None:
-                raise
-            interrupt = pressed
-            progress.cancel()
-    if interrupt is not None:
-        raise interrupt
+    with _signals_to(progress):
+        threading.Thread(target=run, name="edgeseg-build", daemon=True).start()
+        while not done.wait(_WAKE_S):
+            pass
+    if progress.cancelled:
+        raise KeyboardInterrupt
     if errors:
         raise errors[0]
     return results[0]
+
+
+@contextmanager
+def _signals_to(progress: BuildProgress) -> Iterator[None]:
+    """Meanwhile the first Ctrl-C, or SIGTERM where that is handled, only cancels.
+
+    An exception out of nowhere could leave TensorRT working behind our back. A second one is
+    handled as ever.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in before.items() if callable(handler)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if progress.cancelled:
+            handlers[signal.Signals(number)](number, frame)
+        progress.cancel()
+
+    try:
+        for number in handlers:
+            signal.signal(number, handle)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 # --- the build itself
@@ -387,8 +411,6 @@ def _built(job: _Job, logger: trt.ILogger) -> bytes:
     monitor = _monitor(job.progress)
     config.progress_monitor = monitor
     serialized = builder.build_serialized_network(network, config)
-    if job.progress.cancelled:
-        raise KeyboardInterrupt
     if serialized is None:
         raise job.error("building")
     measured = config.get_timing_cache()

@@ -22,12 +22,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import astuple, dataclass
-from math import prod
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeseg.bundle import Bundle
 from edgeseg.engine.base import Pending, Prepared
@@ -35,6 +33,7 @@ from edgeseg.engine.build import BuildOptions, NoPlan, build_plan, find_plan, lo
 from edgeseg.engine.cuda import Cuda, Graph, Stream, open_cuda
 from edgeseg.engine.device_frame import DeviceFrame, DevicePixels
 from edgeseg.engine.head import checked_input
+from edgeseg.engine.slot import Slot, SlotOutput, Tensor
 from edgeseg.errors import EngineError, FrameError, RequestError
 from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
@@ -58,12 +57,6 @@ _FRAMES_IN_FLIGHT = 2
 _REPORT = 400
 
 _Thing = TypeVar("_Thing")
-
-
-class _Owner(Protocol):
-    """Takes a thing and how it ends, ends it in time, and gives the thing."""
-
-    def __call__(self, thing: _Thing, end: Callable[[_Thing], object]) -> _Thing: ...
 
 
 class FrameFitter(Protocol):
@@ -119,8 +112,8 @@ class TensorRtEngine:
         self._built = tuple(built)
         self._closed = False
         self._lock = threading.Lock()
-        self._slots: list[_Slot] = []
-        self._free: deque[_Slot] = deque()
+        self._slots: list[Slot] = []
+        self._free: deque[Slot] = deque()
         self._resources = ExitStack()
         try:
             with cuda.current():
@@ -128,7 +121,7 @@ class TensorRtEngine:
                 self._network = self._owned(_Network(self._loaded), _Network.close)
                 self._compute = self._owned(cuda.create_stream(), cuda.destroy_stream)
                 for _ in range(frames_in_flight):
-                    slot = _Slot(cuda, spec, self._network.outputs, self._owned)
+                    slot = Slot(cuda, spec, self._network.outputs, self._owned)
                     self._slots.append(slot)
                 self._no_fit = self._tried_fit()
                 self._no_graph = self._capture_all()
@@ -281,7 +274,7 @@ class TensorRtEngine:
             slot.graph = graph
         return None
 
-    def _captured(self, slot: _Slot) -> Graph:
+    def _captured(self, slot: Slot) -> Graph:
         cuda, compute = self._cuda, self._compute
         cuda.begin_capture(compute)
         try:
@@ -294,7 +287,7 @@ class TensorRtEngine:
 
     # --- a frame
 
-    def _take(self) -> _Slot:
+    def _take(self) -> Slot:
         with self._lock:
             if self._closed:
                 raise RequestError("the TensorRT engine is closed; open the model again")
@@ -305,19 +298,19 @@ class TensorRtEngine:
                 )
             return self._free.popleft()
 
-    def _give_back(self, slot: _Slot) -> None:
+    def _give_back(self, slot: Slot) -> None:
         slot.owner = None
         with self._lock:
             if not self._closed:
                 self._free.append(slot)
 
-    def _settle(self, slot: _Slot) -> None:
+    def _settle(self, slot: Slot) -> None:
         """Waits for whatever is queued for ``slot``; its failures are somebody else's to tell."""
         for stream in (self._compute, slot.stream):
             with suppress(EngineError):
                 self._cuda.synchronize(stream)
 
-    def _queue(self, slot: _Slot, prepared: Prepared) -> None:
+    def _queue(self, slot: Slot, prepared: Prepared) -> None:
         """Queues everything that happens to one frame."""
         cuda, compute = self._cuda, self._compute
         if isinstance(prepared.pixels, DevicePixels):
@@ -337,7 +330,7 @@ class TensorRtEngine:
             output.queue_download(cuda, slot.stream)
         cuda.record(slot.done, slot.stream)
 
-    def _queue_host_frame(self, slot: _Slot, pixels: Pixels, geometry: Geometry | None) -> None:
+    def _queue_host_frame(self, slot: Slot, pixels: Pixels, geometry: Geometry | None) -> None:
         """numpy's pixels -> the network's input, by way of pinned memory."""
         started_ns = time.perf_counter_ns()
         if geometry is None:
@@ -356,7 +349,7 @@ class TensorRtEngine:
         self._queue_fit(slot, address, 3 * geometry.frame_width, geometry)
 
     def _queue_device_frame(
-        self, slot: _Slot, pixels: DevicePixels, geometry: Geometry | None
+        self, slot: Slot, pixels: DevicePixels, geometry: Geometry | None
     ) -> None:
         """A frame on the GPU -> the network's input, read where it is."""
         if geometry is None:
@@ -370,7 +363,7 @@ class TensorRtEngine:
         self._cuda.record(slot.started, slot.stream)
         self._queue_fit(slot, pixels.pointer, pixels.pitch, geometry)
 
-    def _queue_fit(self, slot: _Slot, address: int, pitch: int, geometry: Geometry) -> None:
+    def _queue_fit(self, slot: Slot, address: int, pitch: int, geometry: Geometry) -> None:
         if self._fitter is None:
             raise RequestError("this engine fits frames on the CPU; submit what prepare() gave")
         planes = launchers.FramePlanes(format=launchers.BGR8)
@@ -386,7 +379,7 @@ class TensorRtEngine:
                 "`edgeseg kernels build --cuda` makes it for this GPU"
             )
 
-    def _collect(self, slot: _Slot) -> Outputs:
+    def _collect(self, slot: Slot) -> Outputs:
         if self._closed:
             raise RequestError(
                 "the engine was closed while the frame was inside; its masks are lost"
@@ -412,7 +405,7 @@ class TensorRtEngine:
             fit_ns=fit_ns,
         )
 
-    def _profile(self, slot: _Slot, images: Sequence[Pixels]) -> list[tuple[str, float]]:
+    def _profile(self, slot: Slot, images: Sequence[Pixels]) -> list[tuple[str, float]]:
         cuda, compute = self._cuda, self._compute
         network = _Network(self._loaded)
         try:
@@ -571,7 +564,7 @@ class _Network:
     Runs of one context must not overlap, so all of them go to one stream.
     """
 
-    outputs: tuple[_Tensor, ...]
+    outputs: tuple[Tensor, ...]
 
     def __init__(self, loaded: _Loaded) -> None:
         self._loaded = loaded
@@ -602,7 +595,7 @@ class _Network:
         """Lets TensorRT free it."""
         self._context = None
 
-    def enqueue(self, slot: _Slot, stream: Stream) -> None:
+    def enqueue(self, slot: Slot, stream: Stream) -> None:
         """Queues the network, from the input of ``slot`` to its outputs; EngineError if it fails.
 
         Outputs whose size depends on the frame have their shape when it returns.
@@ -620,7 +613,6 @@ class _Network:
                 ready = context.set_tensor_address(name, output.memory.address) and ready
         queued = ready and context.execute_async_v3(stream)
         for allocator in self._allocators.values():
-            allocator.output = None
             error, allocator.error = allocator.error, None
             if error is not None:
                 raise error
@@ -661,7 +653,7 @@ class _Network:
         if not fits:
             raise loaded.other_contract(f"takes images of {shape}", f"the model's are {wanted}")
 
-    def _described(self, context: trt.IExecutionContext) -> tuple[_Tensor, ...]:
+    def _described(self, context: trt.IExecutionContext) -> tuple[Tensor, ...]:
         """The outputs; EngineError unless those of the spec are among them."""
         loaded = self._loaded
         engine, spec = loaded.engine, loaded.spec
@@ -676,148 +668,24 @@ class _Network:
                     "numpy has no such type",
                 )
             shape = _sizes(context.get_tensor_shape(name))
-            outputs[name] = _Tensor(name, element, None if -1 in shape else shape)
+            outputs[name] = Tensor(name, element, None if -1 in shape else shape)
         wanted = (1, spec.height, spec.width)
         for name in ("class_map", *(["confidence"] if spec.confidence else [])):
             found = outputs.get(name)
-            if found is None or found.element != np.uint8 or found.shape not in (wanted, None):
-                given = "no" if found is None else f"{found.element} {found.shape} as"
+            if found is None or found.element != np.uint8 or found.shape != wanted:
+                given = "no"
+                if found is not None:
+                    given = f"{found.element} {found.shape or 'of no fixed size'} as"
                 raise loaded.other_contract(f"gives {given} {name}", f"uint8 {wanted} is promised")
         return tuple(outputs.values())
-
-
-# --- memory
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """An output of the plan; ``shape`` is None where it depends on what is in the frame."""
-
-    name: str
-    element: np.dtype[Any]
-    shape: tuple[int, ...] | None
-
-
-class _DeviceMemory:
-    """Memory on the GPU that grows on demand; 0 bytes to begin with."""
-
-    def __init__(self, cuda: Cuda) -> None:
-        self._cuda = cuda
-        self._size = 0
-        self.address = 0
-
-    def reserve(self, size: int) -> int:
-        """The address of ``size`` bytes or more; nothing queued may use the memory so far."""
-        if size > self._size:
-            self.free()
-            self.address = self._cuda.allocate(size)
-            self._size = size
-        return self.address
-
-    def free(self) -> None:
-        """Gives it back."""
-        address, self.address, self._size = self.address, 0, 0
-        if address:
-            self._cuda.free(address)
-
-
-class _PinnedMemory:
-    """Pinned memory on the host that grows on demand; 0 bytes to begin with."""
-
-    def __init__(self, cuda: Cuda) -> None:
-        self._cuda = cuda
-        self._array: NDArray[np.uint8] | None = None
-
-    def reserve(self, size: int) -> NDArray[np.uint8]:
-        """(size,) uint8; nothing queued may use the memory so far."""
-        if self._array is None or self._array.size < size:
-            self.free()
-            self._array = self._cuda.allocate_host(size)
-        return self._array[:size]
-
-    def free(self) -> None:
-        """Gives it back."""
-        array, self._array = self._array, None
-        if array is not None:
-            self._cuda.free_host(array)
-
-
-class _Output:
-    """One output of one slot: where the network writes it, and where it arrives on the host."""
-
-    def __init__(self, tensor: _Tensor, cuda: Cuda) -> None:
-        self.tensor = tensor
-        self.shape = tensor.shape
-        self.memory = _DeviceMemory(cuda)
-        self._pinned = _PinnedMemory(cuda)
-
-    def reserve(self) -> None:
-        """Takes the memory of an output whose size is known beforehand."""
-        if self.shape is not None and self._bytes():
-            self.memory.reserve(self._bytes())
-            self._pinned.reserve(self._bytes())
-
-    def _bytes(self) -> int:
-        assert self.shape is not None
-        return prod(self.shape) * self.tensor.element.itemsize
-
-    def queue_download(self, cuda: Cuda, stream: Stream) -> None:
-        """Device to host."""
-        if self._bytes():
-            cuda.copy_to_host(self._pinned.reserve(self._bytes()), self.memory.address, stream)
-
-    def taken(self) -> NDArray[Any]:
-        """What has arrived, as an array of the caller's own."""
-        assert self.shape is not None
-        arrived = self._pinned.reserve(self._bytes()) if self._bytes() else np.empty(0, np.uint8)
-        taken: NDArray[Any] = arrived.view(self.tensor.element).reshape(self.shape).copy()
-        return taken
-
-    def free(self) -> None:
-        """Gives the memory back."""
-        try:
-            self.memory.free()
-        finally:
-            self._pinned.free()
-
-
-class _Slot:
-    """What one frame in flight needs: a stream, memory and events that nobody else touches."""
-
-    def __init__(
-        self,
-        cuda: Cuda,
-        spec: ModelSpec,
-        outputs: Sequence[_Tensor],
-        owned: _Owner,
-    ) -> None:
-        self.stream = owned(cuda.create_stream(), cuda.destroy_stream)
-        # In the order in which they happen.
-        self.arrived = owned(cuda.create_event(), cuda.destroy_event)
-        self.started, self.fitted, self.begun, self.computed, self.done = (
-            owned(cuda.create_event(timing=True), cuda.destroy_event) for _ in range(5)
-        )
-        self.frame = owned(_DeviceMemory(cuda), _DeviceMemory.free)
-        self._pinned = owned(_PinnedMemory(cuda), _PinnedMemory.free)
-        self.image = owned(cuda.allocate(spec.height * spec.width * 3), cuda.free)
-        self.outputs = tuple(owned(_Output(tensor, cuda), _Output.free) for tensor in outputs)
-        for output in self.outputs:
-            output.reserve()
-        self.graph: Graph | None = None
-        self.owner: object = None
-        self.copied_ns = 0
-
-    def pinned(self, size: int) -> NDArray[np.uint8]:
-        """(size,) uint8 of pinned memory for a frame on its way to the GPU."""
-        return self._pinned.reserve(size)
 
 
 class _InFlight:
     """The `Pending` of a slot."""
 
-    def __init__(self, engine: TensorRtEngine, slot: _Slot) -> None:
+    def __init__(self, engine: TensorRtEngine, slot: Slot) -> None:
         self._engine = engine
-        self._slot: _Slot | None = slot
+        self._slot: Slot | None = slot
 
     def outputs(self) -> Outputs:
         """See ``Pending.outputs``."""
@@ -924,7 +792,7 @@ class _Allocator:
     """
 
     def __init__(self) -> None:
-        self.output: _Output | None = None
+        self.output: SlotOutput | None = None
         self.error: EngineError | None = None
 
     def memory(self, size: int) -> int:

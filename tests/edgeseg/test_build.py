@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 import json
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -453,7 +454,7 @@ def test_errors_of_the_timing_cache_are_no_cause(builder: Builder, bundle: Bundl
     builder.trt.when("IBuilderConfig.create_timing_cache", does=create)
     builder.during = lambda network, config: builder.log("ERROR", "the cause")
     builder.result = None
-    with pytest.raises(EngineError, match="failed building .*: the cause;"):
+    with pytest.raises(EngineError, match=r"failed building .*: the cause;"):
         built(bundle)
 
 
@@ -528,6 +529,14 @@ def test_many_errors_are_cut(builder: Builder, bundle: Bundle) -> None:
     )
     with pytest.raises(EngineError, match=r"node n2 is not supported .*; and 6 more; "):
         built(bundle)
+
+
+def test_errors_that_say_the_same_are_told_once(builder: Builder, bundle: Bundle) -> None:
+    error = parser_error(builder, "UNSUPPORTED_NODE", "n", "X", "no")
+    parser_fails(builder, error, error)
+    with pytest.raises(EngineError) as caught:
+        built(bundle)
+    assert str(caught.value).count("operator X of node n") == 1
 
 
 def test_plugin_that_the_parser_does_not_find(
@@ -708,13 +717,14 @@ def test_ctrl_c_stops_the_build(
     with pytest.raises(KeyboardInterrupt):
         built(bundle)
     assert ended == [True]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert 1 <= len(steps) < 20_000
     assert bundle.folder is not None
     assert list((bundle.folder / "engines").iterdir()) == [] and leftovers(bundle.folder) == []
 
 
 def test_a_second_ctrl_c_waits_no_longer(builder: Builder, bundle: Bundle) -> None:
-    released = threading.Event()
+    released, ended = threading.Event(), threading.Event()
 
     def during(network: Any, config: Any) -> None:
         monitor = config.progress_monitor
@@ -724,13 +734,24 @@ def test_a_second_ctrl_c_waits_no_longer(builder: Builder, bundle: Bundle) -> No
             threading.Event().wait(0.001)
         _thread.interrupt_main()
         released.wait(10)
+        ended.set()
 
     builder.during = during
     builder.result = None
     with pytest.raises(KeyboardInterrupt):
         built(bundle)
-    assert not released.is_set()
+    assert not ended.is_set()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     released.set()
+
+
+def test_building_in_another_thread(builder: Builder, bundle: Bundle) -> None:
+    # Where no signal handler can be set.
+    plans: list[Plan] = []
+    thread = threading.Thread(target=lambda: plans.append(built(bundle)))
+    thread.start()
+    thread.join()
+    assert plans[0].read() == PLAN
 
 
 def test_shares_of_nested_phases() -> None:
@@ -798,6 +819,9 @@ def test_one_logger_for_the_whole_process(builder: Builder) -> None:
     first, second = Log(), Log()
     trt: Any = builder.trt.module
     with listening(first) as logger:
+        # Both are empty, and equal; each stops listening for itself.
+        with listening(second):
+            pass
         builder.trt.drive(logger, "log", trt.ILogger.ERROR, "one")
         with listening(second) as other:
             # TensorRT keeps the first for good.

@@ -595,6 +595,83 @@ def test_engine_that_is_not_installed(
     assert found.code == 1 and "no inference engine is installed" in found.sentence
 
 
+# --- kernels
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What the builders of the kernels were asked for; they compile nothing."""
+    calls: list[tuple[Any, ...]] = []
+    # The package has a function of the module's name.
+    module = importlib.import_module("edgeseg.kernels.build")
+
+    def note(name: str, made: Any) -> None:
+        def build(*arguments: Any) -> Any:
+            calls.append((name, *arguments))
+            return made
+
+        monkeypatch.setattr(module, name, build)
+
+    note("build", Path("_cpu.so"))
+    note("build_cuda", Path("cuda.so"))
+    note("build_tensorrt", (Path("cuda.so"), Path("plugins.so")))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call", "out"),
+    [
+        pytest.param((), ("build", None), "built _cpu.so\n", id="cpu"),
+        pytest.param(("-o", "d"), ("build", Path("d")), "built _cpu.so\n", id="folder"),
+        pytest.param(("--cuda",), ("build_cuda", None, None), "built cuda.so\n", id="cuda"),
+        pytest.param(
+            ("--tensorrt",),
+            ("build_tensorrt", None, None, None),
+            "built cuda.so\nbuilt plugins.so\n",
+            id="tensorrt",
+        ),
+        pytest.param(
+            ("--tensorrt", "--tensorrt-headers", "h", "--arch", "87,110", "-o", "d"),
+            ("build_tensorrt", Path("d"), Path("h"), ["87", "110"]),
+            "built cuda.so\nbuilt plugins.so\n",
+            id="all",
+        ),
+    ],
+)
+def test_kernels_build(
+    run: Run,
+    asked: list[tuple[Any, ...]],
+    arguments: tuple[str, ...],
+    call: tuple[Any, ...],
+    out: str,
+) -> None:
+    found = run("kernels", "build", *arguments)
+    assert (found.code, found.out, found.err) == (0, out, "")
+    assert asked == [call]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--tensorrt-headers", "d"), "--tensorrt-headers goes with --tensorrt"),
+        (("--cuda", "--tensorrt-headers", "d"), "--tensorrt-headers goes with --tensorrt"),
+        (("--arch", "87"), "--arch goes with --cuda or --tensorrt"),
+        (("--cuda", "--tensorrt"), "not allowed with argument --cuda"),
+    ],
+)
+def test_kernels_build_wrong_options(
+    run: Run, asked: list[tuple[Any, ...]], arguments: tuple[str, ...], says: str
+) -> None:
+    found = run("kernels", "build", *arguments)
+    assert found.code == 2 and says in found.err
+    assert asked == []
+
+
+def test_kernels_build_wrong_architecture(run: Run) -> None:
+    found = run("kernels", "build", "--cuda", "--arch", "orin")
+    assert found.code == 2 and "'orin' came" in found.sentence
+
+
 # --- stopped midway
 
 

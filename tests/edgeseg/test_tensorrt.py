@@ -664,6 +664,21 @@ def test_run_that_fails_later(network: Network, cuda: HostCuda) -> None:
     cuda.assert_all_freed()
 
 
+def test_old_reports_are_not_blamed(network: Network, cuda: HostCuda) -> None:
+    cuda.captures = False
+    engine = TensorRtEngine(b"plan", SPEC, cuda)
+    report(network, "something long ago")
+
+    def before(run: int) -> bool:
+        report(network, "out of shared memory")
+        return False
+
+    network.before = before
+    with pytest.raises(EngineError, match=r"could not run the plan \(out of shared memory\);"):
+        engine.run(picture(0))
+    engine.close()
+
+
 @one_release
 def test_frame_is_let_go_of_when_its_run_fails(network: Network, cuda: HostCuda) -> None:
     cuda.captures = False
@@ -744,6 +759,7 @@ def test_kernel_that_fails(engine: TensorRtEngine, cuda: HostCuda) -> None:
         ({"confidence": None}, "gives no confidence"),
         ({"class_map": Tensor("OUTPUT", "INT32", MASK)}, r"gives int32 \(1, 32, 48\) as class_map"),
         ({"class_map": Tensor("OUTPUT", "UINT8", (32, 48))}, r"gives uint8 \(32, 48\) as"),
+        ({"class_map": Tensor("OUTPUT", "UINT8", (1, -1, 48))}, "uint8 of no fixed size as"),
         ({"logits": Tensor("OUTPUT", "BF16", (1, 4, 4, 6))}, "gives logits as bf16"),
     ],
 )
@@ -872,9 +888,19 @@ def test_no_memory_for_such_an_output(network: Network, cuda: HostCuda) -> None:
 
 def test_output_of_unknown_size_that_tensorrt_never_tells(network: Network, cuda: HostCuda) -> None:
     network.tensors["found"] = Tensor("OUTPUT", "INT32", (-1, 2))
+    network.compute = lambda image: {
+        "class_map": class_map(image)[None],
+        "confidence": confidence(image)[None],
+        "found": np.zeros((3, 2), np.int32),
+    }
+    engine = TensorRtEngine(b"plan", SPEC, cuda)
+    check(engine.run(picture(0)), picture(0))
+    # It told before: that is not to be taken for this frame's.
     network.trt.when("IExecutionContext.execute_async_v3", returns=True)
-    with pytest.raises(EngineError, match="TensorRT could not run"):
-        TensorRtEngine(b"plan", SPEC, cuda)
+    for seed in range(3):
+        with pytest.raises(EngineError, match="TensorRT could not run"):
+            engine.run(picture(seed))
+    engine.close()
     cuda.assert_all_freed()
 
 
@@ -1299,6 +1325,7 @@ def test_dlpack_on_the_host() -> None:
         frame_of([[1, 2, 3]])
 
 
+@pytest.mark.slow
 def test_tensor_of_pytorch_on_the_host() -> None:
     torch = pytest.importorskip("torch", reason="PyTorch gives the tensor of this test")
     pixels = picture(13, 40, 60)

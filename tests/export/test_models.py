@@ -35,6 +35,11 @@ PUBLISHED = {
         13_425_721,
         "2f70be94fc423f1079326fb44fa7b0295f5ae9bef83f1f12fe5a9acd714a4e21",
     ),
+    ("fchardnet70", False): (
+        416,
+        4_119_257,
+        "67362b2aed6dbf4d0f2f36d30591fab55179efffd3dfe456d2a05e83eb1bd97e",
+    ),
     ("bisenetv2", False): (
         327,
         3_358_627,
@@ -59,7 +64,7 @@ def test_the_state_dict_is_that_of_published_checkpoints(name: str, heads: bool)
 @pytest.mark.parametrize(
     ("name", "num_classes", "words"),
     [
-        ("bisenetv3", 19, "bisenetv1, bisenetv2.*'bisenetv3'"),
+        ("bisenetv3", 19, "bisenetv1, bisenetv2, fchardnet70.*'bisenetv3'"),
         ("", 19, "bisenetv1, bisenetv2"),
         ("BiSeNetV2", 19, "bisenetv1, bisenetv2"),
         ("bisenetv2", 0, "1 to 255 classes, and 0 came"),
@@ -78,14 +83,20 @@ def test_a_new_network_is_ready_to_be_run(name: str) -> None:
     assert not any(module.training for module in network.modules())
     assert network.num_classes == 3
     assert definition_of(network) is definition(name)
-    logits = network(torch.zeros(1, 3, 32, 32))
-    assert logits.shape == (1, 3, 32, 32)
+    side = network.smallest
+    logits = network(torch.zeros(1, 3, side, side))
+    assert logits.shape == (1, 3, side, side)
     assert logits.dtype == torch.float32
 
 
 def test_a_foreign_network_has_no_definition(tiny_class: type[SemanticNetwork]) -> None:
     with pytest.raises(RequestError, match="a Tiny came"):
         definition_of(tiny_class(3))
+
+
+def test_a_network_without_training_heads_gives_one_map() -> None:
+    network = create("fchardnet70", 4, auxiliary_heads=True).train()
+    assert network(torch.rand(2, 3, 64, 96)).shape == (2, 4, 64, 96)
 
 
 @pytest.mark.parametrize(("name", "outputs"), [("bisenetv1", 3), ("bisenetv2", 5)])
@@ -117,9 +128,12 @@ def test_any_multiple_of_32_goes_and_low_resolution_is_the_same_before_upsamplin
 ) -> None:
     torch.manual_seed(0)
     network = create(name, 5)
+    if min(size) < network.smallest:
+        size = (size[0] + 64, size[1] + 64)
     x = torch.randn(1, 3, *size)
     low = network.low_resolution_logits(x)
-    assert low.shape == (1, 5, size[0] // 8, size[1] // 8)
+    factor = 4 if name == "fchardnet70" else 8
+    assert low.shape == (1, 5, size[0] // factor, size[1] // factor)
     full = network(x)
     assert full.shape == (1, 5, *size)
     again = functional.interpolate(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -248,6 +251,39 @@ def test_frames_may_be_views_of_larger_buffers(format: FrameFormat) -> None:
         image = kernels.fit_frame(camera.frame(), (24, 40), format=format)
         geometry = Geometry.fitting(camera.height, camera.width, 24, 40, fit="stretch")
         assert np.abs(image.astype(int) - geometry.fit(camera.bgr())).max() <= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="uses Linux's mprotect")
+def test_nothing_after_the_last_pixel_is_read() -> None:
+    # In a process of its own: reading the page that cannot be read ends it.
+    program = (
+        "import ctypes, mmap, numpy as np\n"
+        "from edgeseg import kernels\n"
+        "page = mmap.PAGESIZE\n"
+        "memory = mmap.mmap(-1, 2 * page)\n"
+        "address = ctypes.addressof(ctypes.c_char.from_buffer(memory))\n"
+        "locked = ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + page), page, 0)\n"
+        "assert locked == 0\n"
+        "array = np.frombuffer(memory, np.uint8, page)\n"
+        "for width in range(2, 70, 2):\n"
+        "    for format, depth in [('bgr', 3), ('rgb', 3), ('yuyv', 2), ('nv12', 1)]:\n"
+        "        rows = 6 if format == 'nv12' else 5\n"
+        "        frame = array[page - rows * width * depth:]\n"
+        "        shape = (rows, width, depth) if depth > 1 else (rows, width)\n"
+        "        height = 4 if format == 'nv12' else 5\n"
+        "        for size in [(3, 7), (height, width), (9, 100)]:\n"
+        "            kernels.fit_frame(frame.reshape(shape), size, format=format, threads=1)\n"
+        "print('read to the end')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.stdout == "read to the end\n", f"exit code {result.returncode}: {result.stderr}"
 
 
 def test_an_nv12_frame_may_be_one_array() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +21,8 @@ from edgeseg.geometry import Geometry
 from edgeseg.kernels import masks
 from edgeseg.kernels.launchers import FLOAT16, FLOAT32, INT32, UINT8, Features, FrameFit, Instances
 
-PARITY = Path(__file__).resolve().parents[3] / "shared" / "parity"
+ROOT = Path(__file__).resolve().parents[2]
+PARITY = ROOT.parent / "shared" / "parity"
 
 Floats = NDArray[np.float32]
 Exact = NDArray[np.float64]
@@ -118,6 +121,7 @@ CASES = [
     pytest.param(8, 20, 33, (77, 130), (131, 61), "letterbox", 20, id="letterbox-upright"),
     pytest.param(5, 24, 18, (96, 72), (96, 72), "stretch", 12, id="network-size"),
     pytest.param(5, 24, 18, (24, 18), (24, 18), "stretch", 12, id="same-size"),
+    pytest.param(4, 9, 140, (36, 560), (40, 1999), "stretch", 12, id="wide"),
     pytest.param(5, 64, 90, (64, 90), (23, 17), "stretch", 12, id="smaller"),
     pytest.param(3, 70, 150, (70, 150), (3, 9), "stretch", 9, id="much-smaller"),
     pytest.param(3, 6, 5, (48, 40), (101, 300), "stretch", 9, id="much-larger"),
@@ -313,41 +317,63 @@ def test_prototypes_may_be_channels_last() -> None:
         np.testing.assert_array_equal(kernels.assemble_mask_bits(*rest, geometry), bits)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="takes memory that cannot be read from Linux")
 def test_reads_nothing_beyond_the_prototypes() -> None:
-    # The same values in the middle of NaN: what a vector reads too much must not count.
-    scene = random_scene(3, 9, 21, (36, 84), 20)
-    room = np.full(3 * 9 * 21 + 64, np.nan, np.float32)
-    inside = room[32:-32].reshape(3, 9, 21)
-    inside[:] = scene.prototypes
-    np.testing.assert_array_equal(
-        kernels.assemble_masks(inside, scene.coefficients, scene.boxes, scene.network),
-        kernels.assemble_masks(*scene.arrays, scene.network),
+    # They end where readable memory ends. In a process of its own, which a read too far would end.
+    program = """
+import ctypes, mmap, numpy as np
+from edgeseg import kernels
+from edgeseg.geometry import Geometry
+size = 64 * mmap.PAGESIZE
+memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), mmap.PAGESIZE, 0) == 0
+for channels, height, width in [(3, 9, 21), (5, 1, 16), (2, 3, 5), (1, 1, 1), (32, 30, 37)]:
+    count = channels * height * width
+    flat = np.frombuffer(memory, np.float32, count, size - 4 * count)
+    flat[:] = np.random.default_rng(0).standard_normal(count)
+    network = (4 * height, 4 * width)
+    boxes = np.array([[0, 0, 4 * width, 4 * height], [2 * width, 0, 999, 999]], np.float32)
+    coefficients = np.ones((2, channels), np.float32)
+    geometry = Geometry.fitting(40, 50, *network, fit="stretch")
+    first = flat.reshape(channels, height, width)
+    last = flat.reshape(height, width, channels).transpose(2, 0, 1)
+    for prototypes in (first, last):
+        kernels.assemble_masks(prototypes, coefficients, boxes, network)
+        kernels.assemble_mask_bits(prototypes, coefficients, boxes, geometry)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60, check=False
     )
+    assert done.returncode == 0, done.stderr.decode()
 
 
 # x1, x2 of a box in a network 40 wide over 10 samples, and the samples that it keeps.
-SIDES = [
-    pytest.param(8.0, 20.0, range(1, 6), id="whole-samples"),
-    pytest.param(8.1, 19.9, range(2, 6), id="between-samples"),
-    pytest.param(20.0, 8.0, range(1, 6), id="reversed"),
-    pytest.param(20.0, 20.0, range(4, 6), id="no-size"),
-    pytest.param(21.0, 21.0, range(5, 7), id="no-size-between"),
-    pytest.param(0.0, 40.0, range(10), id="all"),
-    pytest.param(-100.0, 140.0, range(10), id="more-than-all"),
-    pytest.param(-50.0, -5.0, range(0), id="left-of-it"),
-    pytest.param(-50.0, -4.0, range(0), id="left-touching"),
-    pytest.param(-50.0, -3.0, range(1), id="left-within-a-sample"),
-    pytest.param(44.0, 90.0, range(0), id="right-of-it"),
-    pytest.param(40.0, 90.0, range(9, 10), id="right-within-a-sample"),
-    pytest.param(np.nan, 20.0, range(0), id="nan"),
-    pytest.param(8.0, np.nan, range(0), id="nan-second"),
-    pytest.param(-np.inf, np.inf, range(10), id="infinite"),
-    pytest.param(np.inf, np.inf, range(0), id="beyond"),
-    pytest.param(-3e38, 3e38, range(10), id="overflow"),
+SIDES: list[tuple[str, float, float, range]] = [
+    ("whole-samples", 8.0, 20.0, range(1, 6)),
+    ("between-samples", 8.1, 19.9, range(2, 6)),
+    ("hardly-more", 7.998, 20.002, range(1, 7)),
+    ("reversed", 20.0, 8.0, range(1, 6)),
+    ("no-size", 20.0, 20.0, range(4, 6)),
+    ("no-size-between", 21.0, 21.0, range(5, 7)),
+    ("all", 0.0, 40.0, range(10)),
+    ("more-than-all", -100.0, 140.0, range(10)),
+    ("left-of-it", -50.0, -5.0, range(0)),
+    ("left-touching", -50.0, -4.0, range(0)),
+    ("left-within-a-sample", -50.0, -3.0, range(1)),
+    ("right-of-it", 44.0, 90.0, range(0)),
+    ("right-within-a-sample", 40.0, 90.0, range(9, 10)),
+    ("nan", np.nan, 20.0, range(0)),
+    ("nan-second", 8.0, np.nan, range(0)),
+    ("infinite", -np.inf, np.inf, range(10)),
+    ("beyond", np.inf, np.inf, range(0)),
+    ("overflow", -3e38, 3e38, range(10)),
 ]
 
 
-@pytest.mark.parametrize(("first", "second", "kept"), SIDES)
+@pytest.mark.parametrize(
+    ("first", "second", "kept"), [pytest.param(*side, id=name) for name, *side in SIDES]
+)
 @pytest.mark.parametrize("axis", [0, 1], ids=["y", "x"])
 def test_box(first: float, second: float, kept: range, axis: int) -> None:
     shape = (10, 6) if axis == 0 else (6, 10)
@@ -417,6 +443,28 @@ def test_codes_and_short_cut_give_the_same_bytes(
         assert masks._run_rles(*scene.arrays, geometry, 0.5, flags, 1) == runs
 
 
+@pytest.mark.parametrize("side", ["above", "below"])
+def test_short_cut_keeps_what_rounding_makes(side: str) -> None:
+    # All probabilities are on one side of the threshold, by about the least that float32 can show.
+    # Rounding in the interpolation takes some pixels to the other side, with the short cut too.
+    threshold = np.float32(0.49)
+    logits = np.unique((np.log(0.49 / 0.51) + np.arange(-100, 101) * 2e-9).astype(np.float32))
+    steps = (1 / (1 + np.exp(-logits.astype(np.float64))) - threshold) / np.spacing(threshold)
+    if side == "below":
+        steps = -steps
+    choice = logits[(steps > 0.6) & (steps < 1.7)]
+    scene = Scene(
+        np.random.default_rng(9).choice(choice, (1, 40, 40)),
+        np.ones((1, 1), np.float32),
+        np.array([[0, 0, 40, 40]], np.float32),
+        (40, 40),
+    )
+    geometry = Geometry.fitting(275, 277, 40, 40, fit="stretch")
+    full = run_bits(scene, geometry, NO_SHORT_CUT, threshold=0.49)
+    assert 0 < unpacked(full, 277).mean() < 1
+    np.testing.assert_array_equal(run_bits(scene, geometry, threshold=0.49), full)
+
+
 @pytest.mark.parametrize("threads", [2, 3, 64])
 def test_threads_give_the_same_bytes(threads: int) -> None:
     scene = smooth_scene(16, 40, 30, (160, 120), 37)
@@ -464,7 +512,8 @@ def decoded(text: bytes, size: list[int]) -> NDArray[np.bool_]:
     assert shift == 0
     assert sum(lengths) == size[0] * size[1]
     flat = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
-    return flat.reshape(size[1], size[0]).T
+    pixels: NDArray[np.bool_] = flat.reshape(size[1], size[0]).T
+    return pixels
 
 
 def encoded(mask: NDArray[np.bool_]) -> bytes:
@@ -655,24 +704,23 @@ def bad_arguments(
         setattr(copy, name, value)
         return copy
 
-    for name, values in {
-        "data": [None], "type": [UINT8, INT32, -1], "channels": [0, 4097], "height": [0, -1],
-        "width": [0, 1 << 21], "channel_stride": [0], "pixel_stride": [-1],
-    }.items():  # fmt: skip
-        for value in values:
-            yield changed(features, name, value), instances, fit, 0.5
-    for name, values in {
-        "coefficients": [None], "boxes": [None], "capacity": [-1],
-        "network_height": [0, 15], "network_width": [1 << 21],
-    }.items():  # fmt: skip
-        for value in values:
-            yield features, changed(instances, name, value), fit, 0.5
-    for name, values in {
-        "frame_height": [0], "frame_width": [1 << 21], "height": [15], "width": [21],
-        "top": [-1, 1], "left": [-1, 1], "inner_height": [0, 17], "inner_width": [0, 21],
-    }.items():  # fmt: skip
-        for value in values:
-            yield features, instances, changed(fit, name, value), 0.5
+    for name, value in [
+        ("data", None), ("type", UINT8), ("type", INT32), ("channels", 0), ("channels", 4097),
+        ("height", 0), ("width", -1), ("width", 1 << 21), ("channel_stride", 0),
+        ("pixel_stride", -1),
+    ]:  # fmt: skip
+        yield changed(features, name, value), instances, fit, 0.5
+    for name, value in [
+        ("coefficients", None), ("boxes", None), ("capacity", -1), ("network_height", 0),
+        ("network_height", 15), ("network_width", 1 << 21),
+    ]:  # fmt: skip
+        yield features, changed(instances, name, value), fit, 0.5
+    for name, value in [
+        ("frame_height", 0), ("frame_width", 1 << 21), ("height", 15), ("width", 21), ("top", -1),
+        ("top", 1), ("left", -1), ("left", 1), ("inner_height", 0), ("inner_height", 17),
+        ("inner_width", 0), ("inner_width", 21),
+    ]:  # fmt: skip
+        yield features, instances, changed(fit, name, value), 0.5
     for threshold in (0.0, 1.0, -1.0, float("nan")):
         yield features, instances, fit, threshold
 
@@ -894,8 +942,7 @@ def test_cuda_threshold_on_an_emulated_gpu(emulated_cuda: ctypes.CDLL, threshold
 def test_cuda_boxes_on_an_emulated_gpu(emulated_cuda: ctypes.CDLL) -> None:
     scene = smooth_scene(2, 10, 10, (40, 40), 2 * len(SIDES), seed=8)
     boxes = np.empty((2 * len(SIDES), 4), np.float32)
-    for index, side in enumerate(SIDES):
-        first, second = side.values[0], side.values[1]
+    for index, (_, first, second, _) in enumerate(SIDES):
         boxes[2 * index] = first, 0, second, 40
         boxes[2 * index + 1] = 0, first, 40, second
     prototypes = scene.prototypes.copy()

@@ -459,7 +459,7 @@ def test_an_inverted_box_has_size_1_where_not_aligned(ratio: int) -> None:
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize("side", [1e5, 1e7, 1e9, 1e15, 1e30])
+@pytest.mark.parametrize("side", [1e5, 3e6, 5e6, 1e7, 1e9, 1e15, 1e30])
 def test_an_enormous_box_ends_and_is_right(side: float, aligned: bool) -> None:
     # The mean over n samples a pixel apart, of which the map has one for each pixel: the sum of
     # the map over n^2. A sample or two more at each border is what rounding can make of it.
@@ -469,7 +469,7 @@ def test_an_enormous_box_ends_and_is_right(side: float, aligned: bool) -> None:
     box = np.array([[far, far, far + np.float32(side), far + np.float32(side)]], np.float32)
     got = case.pool(levels, box)
     most = 7.0 * (33 + 33 * side / 1e8) * (43 + 43 * side / 1e8) / side**2
-    assert (got >= 0).all()
+    assert (got > 0).all() if side <= 1e7 else (got >= 0).all()
     assert (got <= max(most, 7.0 * 33 * 43 / 2.0**44)).all()
     if side == 1e5:
         np.testing.assert_allclose(got, 7.0 * 31 * 41 / side**2, rtol=0.05)

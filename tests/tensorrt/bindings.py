@@ -150,13 +150,19 @@ class _Mender(ast.NodeTransformer):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
         self.generic_visit(node)
-        _undocument(node)
+        # Python 3.12 and newer show a buffer, without types.
+        node.body = [
+            member
+            for member in node.body
+            if not _is_text(member)
+            and getattr(member, "name", None) not in ("__buffer__", "__release_buffer__")
+        ] or [ast.Expr(ast.Constant(...))]
         node.body += ast.parse(_ADDED.get(node.name, "")).body
         return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         self.generic_visit(node)
-        _undocument(node)
+        node.body = [ast.Expr(ast.Constant(...))]
         arguments = [*node.args.posonlyargs, *node.args.args]
         # Methods that the package's own Python adds call their object so.
         if arguments and arguments[0].arg == "this":
@@ -216,6 +222,7 @@ class _Types(ast.NodeTransformer):
         "typing.SupportsInt": "int",
         "typing.SupportsFloat": "float",
         "collections.abc.Buffer": "typing_extensions.Buffer",
+        "types.CapsuleType": "typing_extensions.CapsuleType",
     }
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
@@ -233,13 +240,20 @@ class _Types(ast.NodeTransformer):
         return node
 
 
+_IMPORTED = ("builtins", "collections.abc", "numpy", "typing", "typing_extensions")
+
+
 def _type(source: str) -> ast.expr:
     return ast.parse(source, mode="eval").body
 
 
-def _undocument(node: ast.ClassDef | ast.FunctionDef) -> None:
-    if ast.get_docstring(node, clean=False) is not None:
-        node.body = node.body[1:] or [ast.Expr(ast.Constant(...))]
+def _is_text(node: ast.stmt) -> bool:
+    """Whether a statement is documentation: a class's, a function's, or an attribute's."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def _merged(extension: str, package: str, write_only: dict[str, list[str]]) -> str:
@@ -252,7 +266,8 @@ def _merged(extension: str, package: str, write_only: dict[str, list[str]]) -> s
         if isinstance(node, ast.ClassDef):
             for name in write_only[node.name]:
                 node.body += ast.parse(f"{name}: typing.Any").body
-        body.append(node)
+        if not isinstance(node, ast.Import):
+            body.append(node)
     for node in _Mender().visit(ast.parse(package)).body:
         added = (
             isinstance(node, ast.FunctionDef) and not node.name.startswith(("_", "common_"))
@@ -260,7 +275,7 @@ def _merged(extension: str, package: str, write_only: dict[str, list[str]]) -> s
         if added:
             body.append(node)
     future, *rest = body
-    imports = ast.parse("import builtins\nimport collections.abc").body
+    imports = [ast.Import([ast.alias(name)]) for name in _IMPORTED]
     merged = ast.Module([future, *imports, *rest], [])
     return ast.unparse(ast.fix_missing_locations(merged)).replace(f"{EXTENSION}.", "") + "\n"
 

@@ -154,7 +154,7 @@ def _fingerprint(release: Release) -> str:
 
 
 def _run(command: Sequence[str | Path], environment: dict[str, str] | None = None) -> None:
-    """Runs a command; StubsError with the last line that it wrote when it fails."""
+    """Runs a command; StubsError with its last word when it fails."""
     try:
         subprocess.run(
             command,
@@ -165,9 +165,11 @@ def _run(command: Sequence[str | Path], environment: dict[str, str] | None = Non
             timeout=_TIMEOUT_S,
         )
     except subprocess.CalledProcessError as error:
-        lines = [line.strip() for line in f"{error.stdout}\n{error.stderr}".splitlines()]
-        words = next((line for line in reversed(lines) if line), f"exit code {error.returncode}")
-        raise StubsError(words) from error
+        written = f"{error.stdout}\n{error.stderr}".splitlines()
+        lines = [line.strip() for line in written if line.strip()]
+        errors = [line for line in lines if "error" in line.lower()]
+        words = [f"exit code {error.returncode}", *lines, *errors]
+        raise StubsError(words[-1]) from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise StubsError(str(error)) from error
 
@@ -182,7 +184,8 @@ def _installed(requirement: str, folder: Path) -> Path:
         try:
             _run(
                 [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet",
-                 "--no-deps", "--only-binary", ":all:", "--target", scratch, requirement]
+                 "--no-deps", "--only-binary", ":all:", "--retries", "1", "--target", scratch,
+                 requirement]
             )  # fmt: skip
         except StubsError as error:
             python = f"Python {sys.version_info.major}.{sys.version_info.minor}"

@@ -14,7 +14,7 @@ import pytest
 
 from tests.tensorrt.double import _CALLBACKS, Call, Double, MissingStub
 from tests.tensorrt.real import outcome
-from tests.tensorrt.stubs import RELEASES, Release, StubsError, bindings_environment
+from tests.tensorrt.stubs import RELEASES, Release, StubsError, bindings_environment, reason_missing
 
 LISTENER = "class Own(trt.{0}):\n  def __init__(self): {1}\n; Own() and None"
 
@@ -133,6 +133,9 @@ class Real(NamedTuple):
 def real(request: pytest.FixtureRequest) -> Real:
     """Names and outcomes of the real bindings of a release."""
     release: Release = request.param
+    reason = reason_missing(release)
+    if reason is not None:
+        pytest.skip(reason)
     try:
         environment = bindings_environment(release)
     except StubsError as error:

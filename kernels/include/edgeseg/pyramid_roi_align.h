@@ -140,7 +140,7 @@ EDGESEG_HD RoiAxis make_roi_axis(float low, float high, float scale, int32_t bin
 }
 
 // The two pixels around a position, and their weights; one pixel twice at the far border.
-struct Span {
+struct PixelPair {
   int32_t near, far;
   float near_weight, far_weight;
 
@@ -178,14 +178,14 @@ class Taps {
   // The next tap; false after the last one.
   EDGESEG_HD bool next(int32_t* pixel, float* weight) {
     for (; sample_ < end_; ++sample_) {
-      Span span;
-      if (!span.find(axis_.position(bin_, sample_), size_)) continue;
-      if (pending_ != 0 && span.near != near_) break;
-      near_ = span.near;
-      near_weight_ = pending_ != 0 ? near_weight_ + span.near_weight : span.near_weight;
-      if (span.far != span.near) {
-        far_ = span.far;
-        far_weight_ = pending_ == 2 ? far_weight_ + span.far_weight : span.far_weight;
+      PixelPair pair;
+      if (!pair.find(axis_.position(bin_, sample_), size_)) continue;
+      if (pending_ != 0 && pair.near != near_) break;
+      near_ = pair.near;
+      near_weight_ = pending_ != 0 ? near_weight_ + pair.near_weight : pair.near_weight;
+      if (pair.far != pair.near) {
+        far_ = pair.far;
+        far_weight_ = pending_ == 2 ? far_weight_ + pair.far_weight : pair.far_weight;
         pending_ = 2;
       } else if (pending_ == 0) {
         pending_ = 1;
