@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from edgeseg.errors import BundleError
 
 __all__ = ["DOMAIN", "HEAD", "PLUGIN_VERSION", "Head", "OnnxFile"]
@@ -32,14 +34,15 @@ HEAD = "EdgeSegUpsampleArgmax"
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 _MODEL_GRAPH, _MODEL_METADATA, _MODEL_FUNCTION = 7, 14, 25
-_GRAPH_NODE, _GRAPH_OUTPUT = 1, 12
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_OUTPUT = 1, 5, 12
+_TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW = 2, 8, 9
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
 _NODE_DOMAIN = 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_STRING, _ATTRIBUTE_TYPE = 1, 3, 4, 20
 _ATTRIBUTE_REFERENCE = 21
 _TYPE_INT, _TYPE_STRING = 2, 3  # AttributeProto.AttributeType
 _FUNCTION_NAME, _FUNCTION_INPUT, _FUNCTION_OUTPUT, _FUNCTION_NODE = 1, 4, 5, 7
-_FLOAT, _UINT8 = 1, 2  # TensorProto.DataType
+_FLOAT, _UINT8, _FLOAT16 = 1, 2, 10  # TensorProto.DataType
 
 #: one protobuf field: its number, its wire type, and its value (an int, or the bytes)
 Field = tuple[int, int, int, bytes]
@@ -160,9 +163,11 @@ class OnnxFile:
         library's version and namespace; without, they are replaced by the functions' bodies.
 
         TensorRT makes uint8 of floating-point tensors only (DataType.UINT8): the plugins give half,
-        and the bodies, which give int32, get a Cast to float in between.
+        and the bodies, which give int32, get a Cast to float in between. Kernels stored as fp16
+        with a Cast behind become fp32 kernels: TensorRT wants a convolution's weights as constants.
         """
-        return self._with_plugins() if plugins else self._casting_from_float(self.inlined())
+        content = self._with_plugins() if plugins else self._casting_from_float(self.inlined())
+        return OnnxFile(content, self.name)._with_wide_kernels()
 
     def has_operators(self) -> bool:
         """Whether any node is of domain ``edgeseg``: whether plugins would have work to do."""
@@ -212,6 +217,53 @@ class OnnxFile:
                 )
             written.append((field[0], field[1], field[2], node))
         return _rewritten(model, written)
+
+    def _with_wide_kernels(self) -> bytes:
+        """The model with every Cast of a float16 initializer to float32 done."""
+        model, graph = self._parts()
+        initializers = {
+            self._text(field[3], _TENSOR_NAME): field[3]
+            for field in graph
+            if field[0] == _GRAPH_INITIALIZER
+        }
+        done: dict[int, bytes] = {}
+        for index, field in enumerate(graph):
+            if field[0] == _GRAPH_NODE and self._cast_target(field[3]) == _FLOAT:
+                tensor = initializers.get(self._text(field[3], _NODE_INPUT))
+                wide = tensor and self._widened(tensor, self._text(field[3], _NODE_OUTPUT))
+                if wide:
+                    done[index] = wide
+        # What was read by a Cast only is gone with it.
+        left = {
+            name
+            for index, field in enumerate(graph)
+            if field[0] == _GRAPH_NODE and index not in done
+            for name in self._texts(field[3], _NODE_INPUT)
+        }
+        written = []
+        for index, field in enumerate(graph):
+            if index in done:
+                written.append((_GRAPH_INITIALIZER, _BYTES, 0, done[index]))
+            elif field[0] != _GRAPH_INITIALIZER or self._text(field[3], _TENSOR_NAME) in left:
+                written.append(field)
+        return _rewritten(model, written)
+
+    def _widened(self, tensor: bytes, name: str) -> bytes | None:
+        """A float16 TensorProto as a float32 one called ``name``; None for other types."""
+        fields = list(self._fields(tensor))
+        types = [field[2] for field in fields if field[0] == _TENSOR_TYPE]
+        raw = [field[3] for field in fields if field[0] == _TENSOR_RAW]
+        if types != [_FLOAT16] or len(raw) != 1:
+            return None
+        if len(raw[0]) % 2:
+            raise self._damaged()
+        values = np.frombuffer(raw[0], "<f2").astype("<f4").tobytes()
+        replaced: dict[int, Field] = {
+            _TENSOR_TYPE: (_TENSOR_TYPE, _VARINT, _FLOAT, b""),
+            _TENSOR_NAME: (_TENSOR_NAME, _BYTES, 0, name.encode()),
+            _TENSOR_RAW: (_TENSOR_RAW, _BYTES, 0, values),
+        }
+        return _joined([replaced.get(field[0], field) for field in fields])
 
     def _cast_target(self, node: bytes) -> int | None:
         """The element type that a Cast node gives, None for other nodes."""

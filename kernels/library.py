@@ -45,7 +45,16 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "edgeseg_fit_frame": [*[_POINTER] * 3, *[_INT] * 2],
     # frame, its pitch; class_map, colours; classes; fit; opacity; drawn, its pitch; flags, threads
     "edgeseg_draw_overlay": [
-        _POINTER, _LONG, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _LONG, *[_INT] * 2,
+        _POINTER,
+        _LONG,
+        _POINTER,
+        _POINTER,
+        _INT,
+        _POINTER,
+        _INT,
+        _POINTER,
+        _LONG,
+        *[_INT] * 2,
     ],
 }
 

@@ -158,6 +158,50 @@ def test_for_tensorrt_without_plugins(network: Tiny) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("plugins", [True, False])
+def test_for_tensorrt_makes_kernels_constants(tiny: Tiny, plugins: bool) -> None:
+    from onnx import numpy_helper
+
+    model = tiny.model()
+    (kernel,) = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 4]
+    values = numpy_helper.to_array(kernel)
+    name = kernel.name
+    kernel.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}.half"))
+    model.graph.node.insert(
+        0, onnx.helper.make_node("Cast", [f"{name}.half"], [name], to=onnx.TensorProto.FLOAT)
+    )
+    written = OnnxFile(model.SerializeToString()).for_tensorrt(plugins=plugins)
+    made = onnx.load_model_from_string(written)
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
+    assert found.keys() == {tensor.name for tensor in tiny.model().graph.initializer}
+    np.testing.assert_array_equal(found[name], values.astype(np.float16).astype(np.float32))
+    assert found[name].dtype == np.float32
+    makers = {output for node in made.graph.node for output in node.output}
+    assert name not in makers and f"{name}.half" not in makers
+
+
+def test_for_tensorrt_keeps_what_a_cast_shares(tiny: Tiny) -> None:
+    """A float16 tensor that something else reads as well stays, and a Cast of other types does."""
+    from onnx import numpy_helper
+
+    model = tiny.model()
+    shared = numpy_helper.from_array(np.ones(3, np.float16), "shared")
+    whole = numpy_helper.from_array(np.ones(3, np.int64), "whole")
+    model.graph.initializer.extend([shared, whole])
+    model.graph.node.extend(
+        [
+            onnx.helper.make_node("Cast", ["shared"], ["wide"], to=onnx.TensorProto.FLOAT),
+            onnx.helper.make_node("Identity", ["shared"], ["same"]),
+            onnx.helper.make_node("Cast", ["whole"], ["real"], to=onnx.TensorProto.FLOAT),
+        ]
+    )
+    written = OnnxFile(model.SerializeToString()).for_tensorrt(plugins=True)
+    made = onnx.load_model_from_string(written)
+    names = {tensor.name for tensor in made.graph.initializer}
+    assert {"shared", "wide", "whole"} <= names
+    assert [node.input[0] for node in made.graph.node if node.op_type == "Cast"].count("whole") == 1
+
+
 def test_has_operators(tiny: Tiny) -> None:
     file = OnnxFile(tiny.content())
     assert file.has_operators()

@@ -107,9 +107,9 @@ constexpr int32_t kRgb8 = 1;
 constexpr int32_t kNv12 = 2;
 constexpr int32_t kYuyv = 3;
 
-// The planes of a frame; pitches in bytes, no shorter than a row. Packed formats use the first plane
-// only; NV12 has luma in the first and interleaved chroma in the second. Sides that chroma is shared
-// along are even.
+// The planes of a frame; pitches in bytes, no shorter than a row. Packed formats use the first
+// plane only; NV12 has luma in the first and interleaved chroma in the second. NV12 needs even
+// sides, YUYV an even width.
 struct FramePlanes {
   const uint8_t* planes[2];
   int64_t pitches[2];
@@ -123,8 +123,8 @@ EDGESEG_LAUNCHER edgeseg_cuda_fit_frame(const edgeseg::FramePlanes* frame,
 // --- draw_overlay: class colours blended into the frame (edgeseg/draw_overlay.h)
 
 // frame and drawn: (frame_height, frame_width, 3) uint8 BGR with pitches in bytes, the same memory
-// and pitch or none in common; class_map: (height, width) uint8 at network size; colours: (classes, 3) uint8 BGR on the
-// device, and what is not among the classes is black; opacity 0 to 256, of 256.
+// and pitch or none in common; class_map: (height, width) uint8 at network size; colours: (classes,
+// 3) uint8 BGR on the device, and what is not among the classes is black; opacity 0 to 256, of 256.
 EDGESEG_LAUNCHER edgeseg_cuda_draw_overlay(const uint8_t* frame, int64_t frame_pitch,
                                            const uint8_t* class_map, const uint8_t* colours,
                                            int32_t classes, const edgeseg::FrameFit* fit,
