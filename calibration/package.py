@@ -38,7 +38,7 @@ from edgeseg.calibration.sensitivity import (
     search,
 )
 from edgeseg.dataset import Dataset, open_dataset
-from edgeseg.engine import available_engines, open_engine
+from edgeseg.engine import cpu_engine, cpu_engines, open_engine
 from edgeseg.engine.onnxruntime import recorded_golden
 from edgeseg.errors import CalibrationError, EdgeSegError, RequestError
 from edgeseg.evaluate import Evaluation, check_classes
@@ -193,6 +193,7 @@ def quantize_bundle(
     `open_frames`, `calibrate` and `search` for theirs.
     """
     target = Path(target)
+    request = replace(request, engine=request.engine or cpu_engine())
     bundle = Bundle.open(request.bundle)
     model = _checked_model(request, bundle)
     _check_target(target, bundle)
@@ -420,7 +421,7 @@ def _context(
         "frames": [frames.digest() for frames in sets],
         "recipe": request.recipe.to_dict(),
         "data": None if dataset is None else _digest(dataset),
-        "engine": [request.engine or available_engines()[0], request.threads],
+        "engine": [request.engine, request.threads],
         "tools": _tools(),
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
@@ -446,7 +447,7 @@ def _spread(pictures: Pictures, count: int) -> list[Pixels]:
 def _verified(quantized: Bundle, pictures: Sequence[Pixels]) -> dict[str, object]:
     """Share of pixels on which every engine that is here agrees with the first."""
     maps = {}
-    for name in available_engines():
+    for name in cpu_engines():
         engine = open_engine(quantized, name)
         maps[name] = [engine.run(pixels).class_map for pixels in pictures]
         engine.close()

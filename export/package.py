@@ -16,7 +16,7 @@ from edgeseg.bundle import SHIPPED, Bundle, new_bundle, tool_versions, write_man
 from edgeseg.classes import ClassList, class_list
 from edgeseg.dataset import Dataset, open_dataset
 from edgeseg.draw import draw_classes
-from edgeseg.engine import available_engines, open_engine
+from edgeseg.engine import cpu_engine, open_engine
 from edgeseg.errors import RequestError, WeightsError
 from edgeseg.evaluate import evaluate
 from edgeseg.export.models import DEFINITIONS, SemanticNetwork, create, definition
@@ -235,7 +235,7 @@ def _accuracy(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, object], ...]:
     """mIoU of the graph on the best engine, and of PyTorch, on the whole split."""
-    engine = open_engine(bundle, available_engines()[0])
+    engine = open_engine(bundle, cpu_engine())
     found = evaluate(engine, dataset, progress=progress)
     engine.close()
     confusion = evaluate_network(
@@ -272,7 +272,7 @@ def _report(
         miou = entry["miou"]
         share = f"{miou:.1%}" if isinstance(miou, float) else "no labels"
         figures.insert(0, Figure(share, "mIoU", dataset.title))
-    engine = open_engine(bundle, available_engines()[0])
+    engine = open_engine(bundle, cpu_engine())
     pictures = []
     for pixels in _spread(shown, _SHOWN):
         geometry = Geometry.between(pixels.shape[0], pixels.shape[1], spec)

@@ -18,7 +18,7 @@ from edgeseg.bundle import Bundle, new_bundle, write_manifest
 from edgeseg.calibration.package import QuantizeRequest, quantize_bundle
 from edgeseg.calibration.recipe import QuantizationRecipe
 from edgeseg.dataset import open_dataset
-from edgeseg.engine import open_engine
+from edgeseg.engine import cpu_engine, open_engine
 from edgeseg.evaluate import Evaluation, evaluate
 from edgeseg.export.package import ExportRequest, export_bundle
 from edgeseg.progress import progress
@@ -142,7 +142,7 @@ def ship(checkpoint: str, data: str, training: str, target: Path = _TARGET) -> P
             progress=update,
         )
     bundle = Bundle.open(target)
-    engine = open_engine(bundle)
+    engine = open_engine(bundle, cpu_engine())
     with progress("measuring on synthetic streets") as update:
         synthetic = evaluate(engine, open_dataset(_SYNTHETIC, "val"), progress=update)
     camvid, torch = made.accuracy
@@ -193,7 +193,7 @@ def ship_int8(data: str, target: Path = _INT8_TARGET) -> Path:
         ]
         for name in names
     ]
-    engine = open_engine(bundle)
+    engine = open_engine(bundle, cpu_engine())
     description = engine.description
     engine.close()
     quantization = bundle.manifest["quantization"]
@@ -224,7 +224,7 @@ def _on_synthetic(bundle: Bundle) -> tuple[Evaluation, Evaluation]:
     """``streets`` and ``bundle`` on synthetic streets."""
     found = []
     for source in (Bundle.open("streets"), bundle):
-        engine = open_engine(source)
+        engine = open_engine(source, cpu_engine())
         with progress(f"measuring {source.name} on synthetic streets") as update:
             found.append(evaluate(engine, open_dataset(_SYNTHETIC, "val"), progress=update))
         engine.close()

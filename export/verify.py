@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgeseg import kernels
 from edgeseg.bundle import Bundle
-from edgeseg.engine import available_engines, open_engine
+from edgeseg.engine import cpu_engines, open_engine
 from edgeseg.errors import EngineError, RequestError
 from edgeseg.export.models import SemanticNetwork
 from edgeseg.export.preprocess import network_input
@@ -93,7 +93,7 @@ def verify(
         Geometry.between(picture.shape[0], picture.shape[1], spec).fit(picture)
         for picture in pictures
     ]
-    runs = [(engine, *head) for engine in available_engines() for head in heads]
+    runs = [(engine, *head) for engine in cpu_engines() for head in heads]
     expected = [_reference(network, bundle, pixels) for pixels in inputs]
     comparisons = []
     for done, (engine, head, compiled) in enumerate(runs, 1):

@@ -164,16 +164,15 @@ def open_library(path: Path) -> ctypes.CDLL:
         if version != ABI_VERSION:
             raise KernelError(
                 f"{path} has interface version {version}, expected {ABI_VERSION}; "
-                "build it again with `edgeseg kernels build`."
+                "build it again with `edgeseg kernels build --cuda`."
             )
         for name, argument_types in _FUNCTIONS.items():
-            function = getattr(library, name, None)
-            if function is None:
-                continue
+            function = getattr(library, name)
             function.argtypes = argument_types
             function.restype = ctypes.c_int32
     except (OSError, AttributeError) as error:
         raise KernelError(
-            f"{path} cannot be loaded ({error}); build it again with `edgeseg kernels build`."
+            f"{path} cannot be loaded ({error}); "
+            "build it again with `edgeseg kernels build --cuda`."
         ) from error
     return library

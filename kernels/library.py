@@ -100,6 +100,10 @@ def _open() -> ctypes.CDLL:
         if version != ABI_VERSION:
             reason = f"{path.name} has interface version {version}, expected {ABI_VERSION}"
             continue
+        missing = [name for name in _FUNCTIONS if not hasattr(library, name)]
+        if missing:
+            reason = f"{path.name} lacks {', '.join(missing)}"
+            continue
         for name, argument_types in _FUNCTIONS.items():
             function = getattr(library, name)
             function.argtypes = argument_types

@@ -123,27 +123,48 @@ def test_machine_has_no_names_and_no_paths() -> None:
     assert "no-such-package" not in described
 
 
+def run_gpu_script(python: str, folder: Path, *tools: str) -> subprocess.CompletedProcess[str]:
+    """gpu.sh on a path with the shell's tools and these; its results would go to folder/results."""
+    for tool in ("bash", "dirname", "realpath", "false", *tools):
+        found = shutil.which(tool)
+        assert found is not None
+        (folder / tool).symlink_to(found)
+    return subprocess.run(
+        ["bash", str(BENCHMARKS / "gpu.sh"), str(folder / "results")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": str(folder), "PYTHON": python, "CUDA_HOME": str(folder)},
+    )
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="gpu.sh needs bash")
 @pytest.mark.parametrize(
     ("python", "said"),
     [("no-such-python", "there is no no-such-python"), ("false", "there is no nvcc")],
 )
 def test_gpu_script_says_what_is_missing(python: str, said: str, tmp_path: Path) -> None:
-    # A path with the shell's tools and without a CUDA compiler.
-    for tool in ("bash", "dirname", "realpath", "false"):
-        found = shutil.which(tool)
-        assert found is not None
-        (tmp_path / tool).symlink_to(found)
-    environment = {"PATH": str(tmp_path), "PYTHON": python, "CUDA_HOME": str(tmp_path)}
-    done = subprocess.run(
-        ["bash", str(BENCHMARKS / "gpu.sh"), str(tmp_path / "results")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
+    done = run_gpu_script(python, tmp_path)
     assert done.returncode == 1
     assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="gpu.sh needs bash")
+@pytest.mark.skipif(bool(missing("torch")), reason="gpu.sh asks for torch before the GPU")
+def test_gpu_script_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    compiler = tmp_path / "bin" / "nvcc"  # below CUDA_HOME
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\n", encoding="utf-8")
+    compiler.chmod(0o755)
+    done = run_gpu_script(sys.executable, tmp_path)
+    assert done.returncode == 1
+    assert f"torch {torch.__version__} sees no NVIDIA GPU" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "results").exists()
 

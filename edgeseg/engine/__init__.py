@@ -17,6 +17,8 @@ __all__ = [
     "Engine",
     "EngineEntry",
     "available_engines",
+    "cpu_engine",
+    "cpu_engines",
     "open_engine",
     "passed_over",
 ]
@@ -78,6 +80,23 @@ def available_engines() -> tuple[str, ...]:
     return tuple(
         entry.name for entry in ENGINES if entry.is_installed() and entry.obstacle() is None
     )
+
+
+def cpu_engines() -> tuple[str, ...]:
+    """Names of the engines that are installed and need no GPU, best first.
+
+    Where a model is prepared, these are the ones to measure with: TensorRT would build a plan, for
+    minutes, for every candidate.
+    """
+    return tuple(entry.name for entry in ENGINES if not entry.needs_gpu and entry.is_installed())
+
+
+def cpu_engine() -> str:
+    """The best of ``cpu_engines``; EngineError when there is none."""
+    names = cpu_engines()
+    if not names:
+        raise EngineError(_none_here())
+    return names[0]
 
 
 def passed_over() -> dict[str, str]:

@@ -290,7 +290,10 @@ class CudaPython:
 
     def create_event(self, *, timing: bool = False) -> Event:
         runtime = self._runtime
-        flags = runtime.cudaEventDefault if timing else runtime.cudaEventDisableTiming
+        # Who waits sleeps: spinning would take a core from the camera.
+        flags = runtime.cudaEventBlockingSync
+        if not timing:
+            flags |= runtime.cudaEventDisableTiming
         return Event(int(self._done(runtime.cudaEventCreateWithFlags(flags))))
 
     def destroy_event(self, event: Event) -> None:
@@ -424,7 +427,10 @@ class PyCuda:
 
     def synchronize(self, stream: Stream) -> None:
         with self._errors():
-            self._streams[stream].synchronize()
+            if stream in self._streams:
+                self._streams[stream].synchronize()
+            else:
+                self._driver.Context.synchronize()
 
     def copy_to_device(self, address: int, source: NDArray[Any], stream: Stream) -> None:
         _check_contiguous(source)
@@ -437,9 +443,10 @@ class PyCuda:
             self._driver.memcpy_dtoh_async(target, address, self._streams[stream])
 
     def create_event(self, *, timing: bool = False) -> Event:
-        flags = self._driver.event_flags
+        named = self._driver.event_flags
+        flags = named.BLOCKING_SYNC if timing else named.BLOCKING_SYNC | named.DISABLE_TIMING
         with self._errors():
-            event = self._driver.Event(flags.DEFAULT if timing else flags.DISABLE_TIMING)
+            event = self._driver.Event(flags)
         self._last_event += 1
         self._events[self._last_event] = event
         return Event(self._last_event)
@@ -449,7 +456,12 @@ class PyCuda:
 
     def record(self, event: Event, stream: Stream) -> None:
         with self._errors():
-            self._events[event].record(self._streams[stream])
+            if stream in self._streams:
+                self._events[event].record(self._streams[stream])
+            else:
+                # A stream that another library made, of which PyCUDA takes no handle.
+                self._driver.Context.synchronize()
+                self._events[event].record()
 
     def wait(self, stream: Stream, event: Event) -> None:
         with self._errors():

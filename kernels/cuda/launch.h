@@ -70,13 +70,17 @@ cudaError_t blocks_for(int64_t wanted, int32_t threads, unsigned* blocks) {
 EDGESEG_HD int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // Queues a kernel with as many blocks as `wanted` and the device allow; returns what CUDA says. A
-// pending error of someone else's call is not reported as this one's.
-template <auto Kernel, class... Arguments>
+// pending error of someone else's call is not reported as this one's. With Rounds, there may be so
+// many times the blocks that the device can hold: for blocks of uneven work, which the device then
+// hands out as processors become free.
+template <auto Kernel, int Rounds = 1, class... Arguments>
 int32_t launch(int64_t wanted, int32_t threads, void* stream, const Arguments&... arguments) {
   (void)stream;
-  unsigned blocks = 0;
-  const cudaError_t error = blocks_for<Kernel>(wanted, threads, &blocks);
+  unsigned most = 0;
+  const cudaError_t error = blocks_for<Kernel>(INT64_MAX, threads, &most);
   if (error != cudaSuccess) return error;
+  const unsigned blocks =
+      static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, int64_t{most} * Rounds));
   (void)cudaGetLastError();
   EDGESEG_LAUNCH(Kernel, blocks, static_cast<unsigned>(threads), stream, arguments...);
   return cudaGetLastError();

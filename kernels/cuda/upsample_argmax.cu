@@ -40,6 +40,9 @@ constexpr int32_t kTileBlocks = 4;
 constexpr int32_t kConfidenceBlocks = 3;
 constexpr int32_t kPixelBlocks = 3;
 
+// Tiles with borders between classes in them take longer than others.
+constexpr int kRounds = 8;
+
 constexpr uint16_t kDecisive = 0x100;  // beside a sample's winner: see find_winner
 
 template <class T>
@@ -659,9 +662,9 @@ int32_t run(const Features& logits, void* class_map, void* confidence, int32_t o
     job.tiles = job.tiles_x * ceil_div(target_height, job.tile_rows);
   } while (job.tile_rows > kPatch && job.tiles < int64_t{kTileBlocks} * processors);
   if (confidence != nullptr) {
-    return launch<upsample_argmax_by_tiles<T, true>>(job.tiles, kThreads, stream, job);
+    return launch<upsample_argmax_by_tiles<T, true>, kRounds>(job.tiles, kThreads, stream, job);
   }
-  return launch<upsample_argmax_by_tiles<T, false>>(job.tiles, kThreads, stream, job);
+  return launch<upsample_argmax_by_tiles<T, false>, kRounds>(job.tiles, kThreads, stream, job);
 }
 
 }  // namespace

@@ -204,8 +204,8 @@ def test_calls_of_cuda_python(opened: CudaPython, fakes: Fakes) -> None:
         ("cudaStreamCreateWithFlags", 1),  # cudaStreamNonBlocking
         ("cudaMalloc", 12),
         ("cudaMemcpyAsync", 0x7000, source.ctypes.data, 12, to_device, 0x50),
-        ("cudaEventCreateWithFlags", 0),
-        ("cudaEventCreateWithFlags", 2),  # cudaEventDisableTiming
+        ("cudaEventCreateWithFlags", 1),  # cudaEventBlockingSync
+        ("cudaEventCreateWithFlags", 3),  # and cudaEventDisableTiming
         ("cudaEventRecord", 0x60, 0x50),
         ("cudaStreamWaitEvent", 0x50, 0x60, 0),
         ("cudaMemcpyAsync", target.ctypes.data, 0x7004, 24, to_host, 0x50),
@@ -436,7 +436,7 @@ class FakePyCuda:
         self.device_count = 1
         self.Error = type("Error", (Exception,), {})
         self.MemoryError = type("MemoryError", (self.Error,), {})
-        self.event_flags = SimpleNamespace(DEFAULT=0, DISABLE_TIMING=2)
+        self.event_flags = SimpleNamespace(DEFAULT=0, BLOCKING_SYNC=1, DISABLE_TIMING=2)
         self.host_alloc_flags = SimpleNamespace(PORTABLE=1)
         self.device_attribute = SimpleNamespace(INTEGRATED="integrated")
         self.fail: str | None = None
@@ -476,8 +476,7 @@ class FakePyCuda:
                 driver.log.append(("Event", flags))
 
             def record(self, stream: Stream | None = None) -> Event:
-                assert isinstance(stream, Stream)
-                driver.log.append(("record",))
+                driver.log.append(("record",) if stream else ("record on the default stream",))
                 return self
 
             def synchronize(self) -> Event:
@@ -511,6 +510,10 @@ class FakePyCuda:
 
             def detach(self) -> None:
                 driver.log.append(("detach",))
+
+            @staticmethod
+            def synchronize() -> None:
+                driver.log.append(("everything",))
 
         class FakeDevice:
             def __init__(self, number: int) -> None:
@@ -618,13 +621,30 @@ def test_pycuda(fake_pycuda: FakePyCuda) -> None:
     assert fake_pycuda.log == [
         ("Stream", 1),
         ("pagelocked_empty", 1),
-        ("Event", 0),
-        ("Event", 2),
+        ("Event", 1),  # BLOCKING_SYNC
+        ("Event", 3),  # and DISABLE_TIMING
         ("record",),
         ("wait_for_event",),
         ("event synchronize",),
         ("synchronize",),
         ("detach",),
+    ]
+
+
+def test_pycuda_waits_for_everything_on_a_stream_that_is_not_its_own(
+    fake_pycuda: FakePyCuda,
+) -> None:
+    cuda = open_cuda("pycuda")
+    with cuda.current():
+        event = cuda.create_event()
+        cuda.record(event, module.Stream(1))
+        cuda.synchronize(module.Stream(2))
+        cuda.destroy_event(event)
+    cuda.close()
+    assert fake_pycuda.log[1:-1] == [
+        ("everything",),
+        ("record on the default stream",),
+        ("everything",),
     ]
 
 

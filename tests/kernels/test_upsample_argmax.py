@@ -630,6 +630,7 @@ TILED = [
     pytest.param((20, 90), (81, 361), id="x4-and-a-bit"),
     pytest.param((3, 5), (150, 603), id="x50-x120"),
     pytest.param((2, 270), (70, 271), id="x35-x1"),
+    pytest.param((6, 5), (300, 603), id="more-tiles-than-blocks"),
 ]
 
 
