@@ -664,7 +664,7 @@ def _build(options: argparse.Namespace) -> int:
     )
     version = tensorrt_version()
     with closing(open_cuda()) as cuda:
-        library = find_plugin_library()
+        library = find_plugin_library(int(version.split(".")[0]))
         found = find_plan(
             bundle,
             wanted,

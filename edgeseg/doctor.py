@@ -131,7 +131,7 @@ def examine(root: Path = Path("/")) -> Diagnosis:
             *_engines(openvino, onnxruntime, tensorrt if gpu.state == "ok" else None),
             _tensorrt(tensorrt, jetson=jetson, has_gpu=gpu.state == "ok"),
             _cuda_for_python(has_gpu=gpu.state == "ok"),
-            _gpu_kernels(has_gpu=gpu.state == "ok"),
+            _gpu_kernels(tensorrt, has_gpu=gpu.state == "ok"),
             *_opencv(cv2),
             *_kernels(),
             _cameras(root),
@@ -310,13 +310,14 @@ def _cuda_for_python(*, has_gpu: bool) -> Check:
     )
 
 
-def _gpu_kernels(*, has_gpu: bool) -> Check:
+def _gpu_kernels(tensorrt: _Module, *, has_gpu: bool) -> Check:
     title = "CUDA kernels"
+    major = None if tensorrt.version is None else int(tensorrt.version.split(".")[0])
     try:
         from edgeseg.kernels.build import find_cuda_library, find_plugin_library
     except ImportError as error:
         return Check(title, "missing" if has_gpu else "optional", f"cannot be imported ({error})")
-    named = (("kernels", find_cuda_library()), ("TensorRT plugins", find_plugin_library()))
+    named = (("kernels", find_cuda_library()), ("TensorRT plugins", find_plugin_library(major)))
     built = [name for name, path in named if path is not None]
     lacking = [name for name, path in named if path is None]
     if not lacking:

@@ -30,6 +30,7 @@ __all__ = [
     "Pyramid",
     "RoiPooling",
     "open_library",
+    "typed",
 ]
 
 ABI_VERSION = 2
@@ -153,26 +154,32 @@ _FUNCTIONS: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
+def typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    """``library`` with the types of those functions that it has."""
+    for name, argument_types in _FUNCTIONS.items():
+        function = getattr(library, name, None)
+        if function is not None:
+            function.argtypes = argument_types
+            function.restype = ctypes.c_int32
+    return library
+
+
 def open_library(path: Path) -> ctypes.CDLL:
     """The CUDA library at ``path``, its functions typed.
 
     KernelError when it cannot be loaded, or is of another version of EdgeSeg.
     """
+    again = "build it again with `edgeseg kernels build --cuda`."
     try:
         library = ctypes.CDLL(str(path))
         version = int(library.edgeseg_cuda_abi_version())
-        if version != ABI_VERSION:
-            raise KernelError(
-                f"{path} has interface version {version}, expected {ABI_VERSION}; "
-                "build it again with `edgeseg kernels build --cuda`."
-            )
-        for name, argument_types in _FUNCTIONS.items():
-            function = getattr(library, name)
-            function.argtypes = argument_types
-            function.restype = ctypes.c_int32
     except (OSError, AttributeError) as error:
+        raise KernelError(f"{path} cannot be loaded ({error}); {again}") from error
+    if version != ABI_VERSION:
         raise KernelError(
-            f"{path} cannot be loaded ({error}); "
-            "build it again with `edgeseg kernels build --cuda`."
-        ) from error
-    return library
+            f"{path} has interface version {version}, expected {ABI_VERSION}; {again}"
+        )
+    missing = [name for name in _FUNCTIONS if not hasattr(library, name)]
+    if missing:
+        raise KernelError(f"{path} lacks {', '.join(missing)}; {again}")
+    return typed(library)

@@ -152,6 +152,7 @@ def test_gpu_script_says_what_is_missing(python: str, said: str, tmp_path: Path)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="gpu.sh needs bash")
+@pytest.mark.slow
 @pytest.mark.skipif(bool(missing("torch")), reason="gpu.sh asks for torch before the GPU")
 def test_gpu_script_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     import torch

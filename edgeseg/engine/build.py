@@ -144,7 +144,7 @@ def build_plan(
         build_seconds=time.monotonic() - start,
         edgeseg=tool_versions(("edgeseg",)).get("edgeseg", "unknown"),
     )
-    save_plan(plan, built)
+    save_plan(plan, built, job.library)
     return plan
 
 

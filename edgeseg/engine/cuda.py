@@ -571,7 +571,7 @@ _REMEDIES = {
     ),
     "cudaErrorNoKernelImageForDevice": (
         "A kernel is not compiled for this GPU",
-        "build the kernels on this machine with `edgeseg kernels build`",
+        "build the kernels on this machine with `edgeseg kernels build --cuda`",
     ),
     "cudaErrorIllegalAddress": _LOST,
     "cudaErrorMisalignedAddress": _LOST,

@@ -13,12 +13,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["Log", "listening", "tidy"]
+__all__ = ["Listener", "Log", "listening", "tidy"]
 
 _NO_MEMORY = re.compile(
     r"out of memory|outofmemory|memoryallocation|bad_alloc|insufficient memory|"
@@ -30,6 +30,16 @@ _NO_MEMORY = re.compile(
 _NUMBERS = re.compile(r"0x[0-9a-fA-F]+|\d+")
 # "[graph.cpp::run::12] " and "IBuilder::buildSerializedNetwork: ", where they come first.
 _SOURCE = re.compile(r"^(\[[\w.]+\.(cpp|h|cu)::[^\]]*\] |I\w+::\w+: )+")
+
+
+class Listener(Protocol):
+    """Who hears what TensorRT logs; called from any thread."""
+
+    def error(self, message: str) -> None:
+        """Takes an error."""
+
+    def warn(self, message: str) -> None:
+        """Takes a warning."""
 
 
 @dataclass
@@ -78,26 +88,26 @@ def tidy(message: str) -> str:
     return _SOURCE.sub("", " ".join(message.split())).rstrip(". ")
 
 
-_listeners: list[Log] = []
+_listeners: list[Listener] = []
 _lock = threading.Lock()
 
 
 @contextmanager
-def listening(log: Log) -> Iterator[trt.ILogger]:
-    """TensorRT's logger; while this lasts, what comes through it goes to ``log``.
+def listening(listener: Listener) -> Iterator[trt.ILogger]:
+    """TensorRT's logger; while this lasts, what comes through it goes to ``listener``.
 
     All who listen hear everything, since TensorRT does not say for whom a message is.
     """
     import tensorrt as trt
 
     with _lock:
-        _listeners.append(log)
+        _listeners.append(listener)
     try:
         yield _logger(trt)
     finally:
         with _lock:
             # By identity: logs that say the same are equal.
-            del _listeners[next(at for at, one in enumerate(_listeners) if one is log)]
+            del _listeners[next(at for at, one in enumerate(_listeners) if one is listener)]
 
 
 @functools.cache
@@ -116,10 +126,10 @@ def _logger(module: Any) -> trt.ILogger:
         def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
             with _lock:
                 listeners = list(_listeners)
-            for listener in listeners:
+            for one in listeners:
                 if severity in (severity_of.INTERNAL_ERROR, severity_of.ERROR):
-                    listener.error(msg)
+                    one.error(msg)
                 elif severity == severity_of.WARNING:
-                    listener.warn(msg)
+                    one.warn(msg)
 
     return Logger()

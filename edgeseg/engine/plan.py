@@ -9,6 +9,7 @@ plan is used only when all of that fits; else the sentences say what differs.
     street/engines/orin-sm87-trt10.3.0-plugins.plan     as TensorRT wrote it: trtexec loads it too
     street/engines/orin-sm87-trt10.3.0-plugins.json     the sidecar
     street/engines/orin-sm87-trt10.3.0.timing           what the builder measured, for the next time
+    street/engines/libedgeseg_plugins.so                the library, for trtexec and others
 
 A bundle that ships with EdgeSeg, that cannot be written, or that is a lone file keeps its plans in
 the user's cache: ``~/.cache/edgeseg/engines/<sha256 of the ONNX file>/``.
@@ -481,11 +482,16 @@ def device_stem(*, tensorrt_version: str, device: Device) -> str:
     return f"{gpu}-sm{major}{minor}-trt{tensorrt_version}"
 
 
-def save_plan(plan: Plan, content: bytes) -> None:
+def save_plan(plan: Plan, content: bytes, library: Path | None = None) -> None:
     """Writes plan and sidecar, each whole or not at all, the sidecar last.
+
+    ``library``: the plugin library that the plan needs. A copy goes beside it, for programs that
+    know nothing of EdgeSeg's own; EdgeSeg loads its own.
 
     EngineError when they cannot be written.
     """
+    if library is not None:
+        write_whole(plan.path.with_name(library.name), library.read_bytes())
     write_whole(plan.path, content)
     text = json.dumps(plan.to_dict(), indent=2) + "\n"
     write_whole(plan.sidecar, text.encode())

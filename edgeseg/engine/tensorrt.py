@@ -33,6 +33,7 @@ from edgeseg.engine.build import BuildOptions, NoPlan, build_plan, find_plan, lo
 from edgeseg.engine.cuda import Cuda, Graph, Stream, open_cuda
 from edgeseg.engine.device_frame import DeviceFrame, DevicePixels
 from edgeseg.engine.head import checked_input
+from edgeseg.engine.log import listening, tidy
 from edgeseg.engine.slot import Slot, SlotOutput, Tensor
 from edgeseg.errors import EngineError, FrameError, RequestError
 from edgeseg.frame import Frame, Pixels
@@ -436,7 +437,7 @@ def open_engine(bundle: Bundle, *, threads: int, compiled_head: bool | None) -> 
     version = tensorrt_version()
     cuda = open_cuda()
     try:
-        plugin_library = find_plugin_library()
+        plugin_library = find_plugin_library(int(version.split(".")[0]))
         options = BuildOptions(plugins=compiled_head)
         found = find_plan(
             bundle,
@@ -497,7 +498,7 @@ def _frame_fitter() -> FrameFitter | None:
     if path is None:
         return None
     library: Any = launchers.open_library(path)
-    return cast(FrameFitter, library) if hasattr(library, "edgeseg_cuda_fit_frame") else None
+    return cast(FrameFitter, library)
 
 
 # --- what TensorRT holds
@@ -509,17 +510,24 @@ class _Loaded:
     def __init__(
         self, plan: bytes, loading: Loading, spec: ModelSpec, where: str, cuda: Cuda
     ) -> None:
-        import tensorrt as trt
 
         self.spec = spec
         self.where = where
         self.cuda = cuda
         self.reports = _Reports()
-        # TensorRT has other things keep them, but neither says so.
-        self._logger = _logger(self.reports)
+        # TensorRT has other things keep it, but does not say so.
         self._recorder = _error_recorder(self.reports)
+        self._listening = ExitStack()
+        with ExitStack() as opening:
+            logger = opening.enter_context(listening(self.reports))
+            self._engine: trt.ICudaEngine | None = self._deserialized(plan, loading, logger)
+            self._listening = opening.pop_all()
+
+    def _deserialized(self, plan: bytes, loading: Loading, logger: trt.ILogger) -> trt.ICudaEngine:
+        import tensorrt as trt
+
         try:
-            runtime = trt.Runtime(self._logger)
+            runtime = trt.Runtime(logger)
         except (RuntimeError, TypeError) as error:
             raise EngineError(
                 f"TensorRT {trt.__version__} cannot use the GPU ({self.reports.take(str(error))}); "
@@ -533,11 +541,11 @@ class _Loaded:
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise EngineError(
-                f"TensorRT {trt.__version__} cannot read {where} ({self.reports.take()}); it is "
-                "damaged, or of another version or GPU: `edgeseg build` makes it again"
+                f"TensorRT {trt.__version__} cannot read {self.where} ({self.reports.take()}); it "
+                "is damaged, or of another version or GPU: `edgeseg build` makes it again"
             )
         self._runtime: trt.Runtime | None = runtime
-        self._engine: trt.ICudaEngine | None = engine
+        return engine
 
     @property
     def engine(self) -> trt.ICudaEngine:
@@ -549,6 +557,7 @@ class _Loaded:
         """Lets TensorRT free it."""
         self._engine = None
         self._runtime = None
+        self._listening.close()
 
     def other_contract(self, came: str, promised: str) -> EngineError:
         """The error for a plan that is not of the model."""
@@ -710,6 +719,13 @@ class _Reports:
         with self._lock:
             self._entries.append((code, " ".join(text.split())))
 
+    def error(self, message: str) -> None:
+        """Takes an error of TensorRT's log."""
+        self.add(tidy(message))
+
+    def warn(self, message: str) -> None:
+        """Leaves out a warning: the builder has told those."""
+
     def entries(self) -> list[tuple[Any, str]]:
         """Codes and texts so far, oldest first."""
         with self._lock:
@@ -726,25 +742,6 @@ class _Reports:
         self.clear()
         text = "; ".join(texts) or otherwise
         return text if len(text) <= _REPORT else f"{text[:_REPORT]}…"
-
-
-def _logger(reports: _Reports) -> trt.ILogger:
-    """TensorRT's log, of which only errors are of interest."""
-    import tensorrt as trt
-
-    severity_of = trt.ILogger.Severity
-
-    class Logger(trt.ILogger):
-        """Passes errors on."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-            if severity in (severity_of.INTERNAL_ERROR, severity_of.ERROR):
-                reports.add(msg)
-
-    return Logger()
 
 
 def _error_recorder(reports: _Reports) -> trt.IErrorRecorder:

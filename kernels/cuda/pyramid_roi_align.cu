@@ -1,10 +1,9 @@
-// EdgeSegPyramidRoiAlign on CUDA: all boxes from all levels in one launch. A
-// block takes one box and some of its channels; it finds once, in shared
-// memory, which pixels each bin reads and with what weights (the part that a
-// thread per output would do again for every channel), and then all threads run
-// over channels and pixels. Device pointers and a stream; allocates nothing,
-// waits for nothing. Build with -fmad=false: fp32 results are then those of the
-// CPU library.
+// EdgeSegPyramidRoiAlign on CUDA: all boxes from all levels in one launch. A block takes one box
+// and some of its channels; it finds once, in shared memory, which pixels each bin reads and with
+// what weights (the part that a thread per output would do again for every channel), and then all
+// threads run over channels and pixels. Device pointers and a stream; allocates nothing, waits for
+// nothing. Build with -fmad=false: the results are then those of the CPU library, for float16
+// rounded once more.
 
 #include "edgeseg/half.h"
 #include "edgeseg/pyramid_roi_align.h"
@@ -22,14 +21,13 @@ constexpr int32_t kBlocksPerProcessor = 4;  // 64 registers a thread: nothing sp
 constexpr int32_t kTableBins = 128;
 constexpr int32_t kTableTaps = 512;
 
-// Channels first: a warp does so many planes at a time, with room for the sums
-// of so many columns; of boxes that are too wide for that, one plane.
+// Channels first: a warp does so many planes at a time, and has room for so many sums of columns,
+// in all of them. Of boxes that are too wide for that it does one plane at a time.
 constexpr int32_t kPlanes = 4;
 constexpr int32_t kColumnRoom = 512;
 constexpr int32_t kPlanarChannels = 2 * kWarpsPerBlock * kPlanes;  // of one unit of work
 
-// Channels last: bytes of output that a block puts together before it writes
-// them.
+// Channels last: bytes of output that a block puts together before it writes them.
 constexpr int32_t kTileBytes = 16 * 1024;
 constexpr int32_t kMostTileChannels = 64;
 
@@ -64,9 +62,9 @@ struct Job {
 // A unit of work, in shared memory: one box, some of its channels.
 struct Unit {
   Roi roi;
-  const void* features;  // of the box's image, the unit's first channel; offsets
-                         // fit 32 bits
-  void* output;          // of the box, the same channel
+  // At the box's image and the unit's first channel; offsets from there fit 32 bits.
+  const void* features;
+  void* output;  // at the box and the same channel
   int32_t map_height, map_width;
   int32_t channel_stride, pixel_stride;
   int32_t channels;
@@ -151,8 +149,8 @@ __device__ __forceinline__ void write_zeros(const Unit& unit) {
   }
 }
 
-// One thread per output, which finds its taps by itself: for boxes that the
-// tables are too small for. Any strides.
+// One thread per output, which finds its taps by itself: for boxes that the tables are too small
+// for. Any strides.
 template <class T>
 __device__ __forceinline__ void pool_without_tables(const Unit& unit) {
   const int32_t count = unit.channels * unit.bins;
@@ -176,7 +174,7 @@ __device__ __forceinline__ void pool_without_tables(const Unit& unit) {
   }
 }
 
-// i, i + 32, ... as (i / by, i % by) without a division each time.
+// start, start + step, ... as (i / by, i % by), without a division each time.
 struct Walk {
   int32_t major, minor;
   int32_t by, major_step, minor_step;
@@ -198,9 +196,8 @@ struct Walk {
   }
 };
 
-// A warp pools kCount planes. First the columns, each summed over its rows for
-// some rows of bins, with neighbouring lanes on neighbouring pixels; then bins
-// from their columns.
+// A warp pools kCount planes. First the columns, each summed over its rows for some rows of bins,
+// with neighbouring lanes on neighbouring pixels; then bins from their columns.
 template <class T, int kCount>
 __device__ __forceinline__ void pool_planes(const Unit& unit, int32_t lane, int32_t channel,
                                             float* columns) {
@@ -218,8 +215,7 @@ __device__ __forceinline__ void pool_planes(const Unit& unit, int32_t lane, int3
   }
   T* to = static_cast<T*>(unit.output) + channel * unit.bins;
 
-  // As many rows at a time as there is room for, each time about the same
-  // number.
+  // As many rows at a time as there is room for, each time about the same number.
   const int32_t most_rows = kRoom / span;
   const int32_t passes = (unit.bins_y + most_rows - 1) / most_rows;
   const int32_t rows_each = (unit.bins_y + passes - 1) / passes;
@@ -250,8 +246,9 @@ __device__ __forceinline__ void pool_planes(const Unit& unit, int32_t lane, int3
       for (int32_t t = 0; t < count; ++t) {
         const Tap tap = taps[t];
 #pragma unroll
-        for (int p = 0; p < kCount; ++p)
+        for (int p = 0; p < kCount; ++p) {
           sum[p] += tap.weight * columns[p * kRoom + first + tap.pixel];
+        }
       }
 #pragma unroll
       for (int p = 0; p < kCount; ++p) {
@@ -306,9 +303,9 @@ struct Channels {
   }
 };
 
-// Channels last: neighbouring threads on neighbouring channels, 16 bytes each
-// where kCount > 1. The output is channels first, so the block puts it together
-// in shared memory and writes it in order.
+// Channels last: neighbouring threads on neighbouring channels, 16 bytes each where kCount > 1. The
+// last of them may be padding, which is read and not used. The output is channels first, so the
+// block puts it together in shared memory and writes it in order.
 template <class T, int kCount>
 __global__ void __launch_bounds__(kBlock, kBlocksPerProcessor) interleaved_kernel(const Job job) {
   __shared__ Unit unit;
@@ -373,8 +370,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksPerProcessor) interleaved_kerne
   }
 }
 
-// Whether each level has 16 bytes of channels at 16-byte addresses, the last
-// ones padded.
+// Whether the channels of each pixel lie in whole 16 bytes, at 16-byte addresses.
 bool is_vectorizable(const Pyramid& pyramid, int32_t count, int64_t element) {
   for (int32_t i = 0; i < pyramid.level_count; ++i) {
     const Features& level = pyramid.levels[i];
@@ -426,10 +422,10 @@ int32_t launch_for(Job* job, int32_t rois, void* stream) {
 }  // namespace
 }  // namespace edgeseg
 
-EDGESEG_LAUNCHER
-edgeseg_cuda_pyramid_roi_align(const edgeseg::Pyramid* pyramid, const float* boxes,
-                               const int32_t* image_of, int32_t rois,
-                               const edgeseg::RoiPooling* pooling, void* output, void* stream) {
+EDGESEG_LAUNCHER edgeseg_cuda_pyramid_roi_align(const edgeseg::Pyramid* pyramid, const float* boxes,
+                                                const int32_t* image_of, int32_t rois,
+                                                const edgeseg::RoiPooling* pooling, void* output,
+                                                void* stream) {
   using namespace edgeseg;
   if (pyramid == nullptr || pooling == nullptr || rois < 0 ||
       !is_valid(*pyramid, *pooling, kAligned)) {

@@ -219,6 +219,8 @@ def test_what_is_written(builder: Builder, bundle: Bundle) -> None:
 
 def test_plugins(builder: Builder, bundle: Bundle, library: Path) -> None:
     plan = built(bundle, plugin_library=library)
+    # For programs that load the plan by themselves.
+    assert plan.path.with_name(library.name).read_bytes() == library.read_bytes()
     assert builder.loaded == [str(library)]
     (parsed,) = builder.trt.named("OnnxParser.parse")
     assert parsed.arguments == {"model": bundle.model.for_tensorrt(plugins=True)}

@@ -349,7 +349,7 @@ def test_cuda_kernels(
     library = Path("library.so")
     build = importlib.import_module("edgeseg.kernels.build")  # the function has its name
     monkeypatch.setattr(build, "find_cuda_library", lambda: library if cuda else None)
-    monkeypatch.setattr(build, "find_plugin_library", lambda: library if plugins else None)
+    monkeypatch.setattr(build, "find_plugin_library", lambda major: library if plugins else None)
     complete = cuda and plugins
     assert machine.check("CUDA kernels").state == ("ok" if complete else "optional")
     for path, text in JETSON.items():

@@ -1374,7 +1374,7 @@ def fit_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
          "-o", target],
         check=True,
     )  # fmt: skip
-    return launchers.open_library(target)
+    return launchers.typed(ctypes.CDLL(str(target)))
 
 
 @one_release
@@ -1429,7 +1429,7 @@ class Workshop:
         patch.setattr("edgeseg.engine.cuda.open_cuda", lambda: Borrowed(self.cuda))
         patch.setattr("edgeseg.engine.tensorrt.open_cuda", lambda: self.cuda)
         patch.setattr("edgeseg.engine.tensorrt.build_plan", self.build)
-        patch.setattr("edgeseg.engine.tensorrt.find_plugin_library", lambda: self.plugins)
+        patch.setattr("edgeseg.engine.tensorrt.find_plugin_library", lambda major: self.plugins)
         patch.setattr("edgeseg.engine.tensorrt.find_cuda_library", lambda: None)
 
     def save(self, content: bytes = b"plan", **changes: Any) -> Plan:

@@ -16,17 +16,19 @@
 //   sample  : 0 below -1 and above the map's size; else the position is moved into the map, and
 //             interpolated linearly between two pixels.
 //   output  = mean over the samples of a bin, each bilinear: linear in y times linear in x. ONNX's
-//             mode "max" is not here: no published segmentation model uses it.
+//             mode "max" is not here.
 //
 // What the definition leaves open, or other implementations leave to chance:
 // - NaN or infinity in a box, or a size that overflows float32: zeros.
 // - An image index outside the batch: zeros.
 // - x2 < x1 or y2 < y1 (inverted): where not aligned, the size is 1. Where aligned, sampling_ratio
 //   0 gives an empty grid and so zeros; otherwise the samples walk backwards and the output is
-//   mirrored. An empty box is one of size 0: the samples of each bin coincide.
-// - Adaptive sampling has at most 2^22 samples a bin each way, as float32 cannot number more; the
-//   result of a larger box differs by less than float32 can show. Samples outside the map are
-//   skipped, not visited, so an enormous box costs no more than the map.
+//   mirrored. A box of size 0 is no special case: size 1 where not aligned; where aligned, zeros
+//   for sampling_ratio 0, and otherwise all samples in one place.
+// - Adaptive sampling has at most 2^22 samples a bin each way, as float32 cannot number more. A bin
+//   of more pixels is sampled more sparsely; the map is then at most a 2^-22th of it for each of
+//   the map's pixels, so that what comes out is next to nothing either way. Samples outside the
+//   map are skipped, not visited: an enormous box costs no more than the map.
 //
 // Order of sums. A sample's weight for a pixel is a product of one weight for y and one for x, so
 // the mean is separable: the samples of a bin are first merged, along each axis, into weights of
