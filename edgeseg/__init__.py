@@ -19,19 +19,33 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from edgeseg.bundle import Bundle
     from edgeseg.frame import Frame
+    from edgeseg.instances import InstanceResult
     from edgeseg.model import Model, load
+    from edgeseg.panoptic import PanopticResult
     from edgeseg.result import SemanticResult
     from edgeseg.spec import ModelSpec
 
-__all__ = ["Bundle", "Frame", "Model", "ModelSpec", "SemanticResult", "__version__", "load"]
+__all__ = [
+    "Bundle",
+    "Frame",
+    "InstanceResult",
+    "Model",
+    "ModelSpec",
+    "PanopticResult",
+    "SemanticResult",
+    "__version__",
+    "load",
+]
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Bundle": "edgeseg.bundle",
     "Frame": "edgeseg.frame",
+    "InstanceResult": "edgeseg.instances",
     "Model": "edgeseg.model",
     "ModelSpec": "edgeseg.spec",
+    "PanopticResult": "edgeseg.panoptic",
     "SemanticResult": "edgeseg.result",
     "load": "edgeseg.model",
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeseg.errors import BundleError, RequestError
-from edgeseg.golden import Golden
+from edgeseg.golden import AnyGolden, golden_from_json
 from edgeseg.onnxfile import OnnxFile
 from edgeseg.spec import ModelSpec
 
@@ -45,7 +45,7 @@ class Bundle:
     model_path: Path
     model: OnnxFile
     spec: ModelSpec
-    golden: Golden
+    golden: AnyGolden
     manifest: Mapping[str, Any]
 
     @classmethod
@@ -119,7 +119,7 @@ class Bundle:
             model_path=path,
             model=model,
             spec=ModelSpec.from_json(metadata[SPEC_KEY]),
-            golden=Golden.from_json(metadata[GOLDEN_KEY]),
+            golden=golden_from_json(metadata[GOLDEN_KEY]),
             manifest=manifest,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CAMVID", "CITYSCAPES", "ClassList", "class_list"]
+__all__ = ["CAMVID", "CITYSCAPES", "COCO", "ClassList", "class_list"]
 
 
 @dataclass(frozen=True)
@@ -107,23 +107,6 @@ CITYSCAPES = ClassList(
 )
 
 
-def class_list(num_classes: int) -> ClassList:
-    """The list a checkpoint with ``num_classes`` outputs most likely means.
-
-    11 is CamVid, 19 is Cityscapes; any other number gets names ``class 0`` ... and evenly
-    spread colours.
-    """
-    for known in (CAMVID, CITYSCAPES):
-        if len(known.names) == num_classes:
-            return known
-    return ClassList(
-        title=f"{num_classes} classes",
-        names=tuple(f"class {index}" for index in range(num_classes)),
-        colours=tuple(_spread_colour(index) for index in range(num_classes)),
-        ignore=255,
-    )
-
-
 def _spread_colour(index: int) -> tuple[int, int, int]:
     """Colour ``index`` of an endless palette: the bits of the index, interleaved over r, g, b.
 
@@ -136,3 +119,113 @@ def _spread_colour(index: int) -> tuple[int, int, int]:
         blue |= (index >> 2 & 1) << shift
         index >>= 3
     return red, green, blue
+
+
+# Lin et al., "Microsoft COCO: Common Objects in Context" (2014), the 80 classes with instances, in
+# the order of their category ids. No class is black: that is the palette's background.
+_COCO_NAMES = (
+    "person",
+    "bicycle",
+    "car",
+    "motorcycle",
+    "airplane",
+    "bus",
+    "train",
+    "truck",
+    "boat",
+    "traffic light",
+    "fire hydrant",
+    "stop sign",
+    "parking meter",
+    "bench",
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "backpack",
+    "umbrella",
+    "handbag",
+    "tie",
+    "suitcase",
+    "frisbee",
+    "skis",
+    "snowboard",
+    "sports ball",
+    "kite",
+    "baseball bat",
+    "baseball glove",
+    "skateboard",
+    "surfboard",
+    "tennis racket",
+    "bottle",
+    "wine glass",
+    "cup",
+    "fork",
+    "knife",
+    "spoon",
+    "bowl",
+    "banana",
+    "apple",
+    "sandwich",
+    "orange",
+    "broccoli",
+    "carrot",
+    "hot dog",
+    "pizza",
+    "donut",
+    "cake",
+    "chair",
+    "couch",
+    "potted plant",
+    "bed",
+    "dining table",
+    "toilet",
+    "tv",
+    "laptop",
+    "mouse",
+    "remote",
+    "keyboard",
+    "cell phone",
+    "microwave",
+    "oven",
+    "toaster",
+    "sink",
+    "refrigerator",
+    "book",
+    "clock",
+    "vase",
+    "scissors",
+    "teddy bear",
+    "hair drier",
+    "toothbrush",
+)
+
+COCO = ClassList(
+    title="COCO",
+    names=_COCO_NAMES,
+    colours=tuple(_spread_colour(index) for index in range(1, len(_COCO_NAMES) + 1)),
+    ignore=255,
+)
+
+
+def class_list(num_classes: int) -> ClassList:
+    """The list a checkpoint with ``num_classes`` outputs most likely means.
+
+    11 is CamVid, 19 is Cityscapes, 80 is COCO; any other number gets names ``class 0`` ... and
+    evenly spread colours.
+    """
+    for known in (CAMVID, CITYSCAPES, COCO):
+        if len(known.names) == num_classes:
+            return known
+    return ClassList(
+        title=f"{num_classes} classes",
+        names=tuple(f"class {index}" for index in range(num_classes)),
+        colours=tuple(_spread_colour(index) for index in range(num_classes)),
+        ignore=255,
+    )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgeseg.bundle import Bundle
     from edgeseg.calibration.lint import Placement
     from edgeseg.model import Model
+    from edgeseg.spec import ModelSpec
 
 __all__ = ["main"]
 
@@ -136,15 +137,33 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "eval", _eval, "measure accuracy on labelled pictures")
     evaluate.add_argument("bundle", metavar="BUNDLE")
     evaluate.add_argument(
-        "--data", required=True, metavar="URI", help="camvid:DIR or synthetic:?frames=60"
+        "--data",
+        required=True,
+        metavar="URI",
+        help="camvid:DIR (semantic), coco:DIR (instance), or synthetic:?frames=60 (both)",
     )
     evaluate.add_argument("--split", default="val", metavar="NAME")
     evaluate.add_argument("--limit", type=_count, metavar="N", help="so many pictures at most")
+    evaluate.add_argument(
+        "--boundary",
+        action="store_true",
+        help="boundary IoU and Hausdorff distance too, which take longer (semantic)",
+    )
+    evaluate.add_argument(
+        "--panoptic",
+        metavar="BUNDLE",
+        help="panoptic quality of BUNDLE's objects on the first one's classes (synthetic:)",
+    )
     _add_engine(evaluate)
     _add_json(evaluate)
 
     export = _command(commands, "export", _export, "make a bundle of a trained PyTorch model")
-    export.add_argument("model", metavar="MODEL", help="bisenetv1, bisenetv2, or streets")
+    export.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a name that EdgeSeg knows (bisenetv1, ..., streets), or a model of your own: "
+        "package.module:factory, a file.onnx, or hf:FOLDER",
+    )
     export.add_argument("--weights", metavar="FILE", help="the checkpoint (.pt, .pth)")
     export.add_argument("--size", metavar="HxW", help="network size, height first: 512x1024")
     export.add_argument("-o", "--output", required=True, metavar="BUNDLE")
@@ -157,6 +176,33 @@ def _parser() -> argparse.ArgumentParser:
         "--data", metavar="URI", help="labelled pictures to verify and measure on: camvid:DIR"
     )
     export.add_argument("--split", default="val", metavar="NAME")
+    own = export.add_argument_group(
+        "models of your own", "what they cannot say themselves; normalisation is ImageNet's else"
+    )
+    own.add_argument("--task", choices=("semantic", "instance"), help="semantic if left out")
+    own.add_argument("--mean", type=_three, metavar="R,G,B", help="of the training pictures")
+    own.add_argument("--std", type=_three, metavar="R,G,B", help="of the training pictures")
+    own.add_argument(
+        "--scale",
+        type=int,
+        choices=(1, 255),
+        default=1,
+        help="largest value of a pixel that --mean and --std are meant for",
+    )
+    order = own.add_mutually_exclusive_group()
+    order.add_argument("--rgb", dest="order", action="store_const", const="rgb")
+    order.add_argument("--bgr", dest="order", action="store_const", const="bgr")
+    own.add_argument(
+        "--align-corners",
+        action="store_true",
+        help="logits below network size are upsampled by that convention",
+    )
+    own.add_argument(
+        "--adapter",
+        metavar="MODULE:FUNCTION",
+        help="turns what the model returns into logits (1, classes, h, w)",
+    )
+    own.add_argument("--output-name", metavar="NAME", help="which output of an ONNX file is meant")
     _add_json(export)
 
     quantize = _command(commands, "quantize", _quantize, "make an INT8 bundle of a bundle")
@@ -349,6 +395,17 @@ def _count(text: str) -> int:
     return _number(text, least=1)
 
 
+def _three(text: str) -> tuple[float, float, float]:
+    try:
+        first, second, third = (float(value) for value in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"three numbers with commas between are wanted, such as 0.485,0.456,0.406, and "
+            f"{text!r} came"
+        ) from None
+    return first, second, third
+
+
 def _number(text: str, *, least: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) >= least):
         raise argparse.ArgumentTypeError(
@@ -500,26 +557,120 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    _check_json(options)
+    with _load(options, options.bundle) as model:
+        if options.panoptic is not None:
+            found, lines = _eval_segments(options, model)
+        elif model.spec.task == "instance":
+            found, lines = _eval_objects(options, model)
+        else:
+            found, lines = _eval_classes(options, model)
+        lines = [f"{model.spec.name} on {model.engine.description}", *lines]
+        _tell(options, "\n".join(lines), found)
+    return 0
+
+
+def _eval_classes(options: argparse.Namespace, model: Model) -> tuple[dict[str, object], list[str]]:
+    """Figures of a semantic model, and their table."""
     from edgeseg.dataset import open_dataset
     from edgeseg.evaluate import evaluate
 
-    _check_json(options)
     dataset = open_dataset(options.data, options.split)
-    with _load(options, options.bundle) as model:
+    with progress(f"evaluating on {options.data}") as update:
+        found = evaluate(
+            model.engine,
+            dataset,
+            limit=options.limit,
+            boundary=options.boundary,
+            progress=update,
+        )
+    columns = {"IoU": found.per_class, "Dice": found.per_class_dice}
+    means = [found.miou, found.dice]
+    if found.outlines is not None:
+        columns["boundary"] = found.outlines.per_class_boundary_iou
+        columns["HD95 px"] = found.outlines.per_class_hd95
+        means += [found.outlines.boundary_iou, found.outlines.hd95]
+    return found.to_dict(), [
+        f"{found.data} {found.split}, {found.frames} pictures, "
+        f"{found.pixel_accuracy:.4f} of the pixels right",
+        "",
+        f"{'':<16}" + "".join(f"{title:>10}" for title in columns),
+        f"{'mean (mIoU)':<16}" + "".join(f"{mean:10.4f}" for mean in means),
+        *_rows(columns),
+    ]
+
+
+def _eval_objects(options: argparse.Namespace, model: Model) -> tuple[dict[str, object], list[str]]:
+    """Figures of an instance model, and their table."""
+    from edgeseg.evaluate import evaluate_instances
+    from edgeseg.instance_dataset import open_instances
+
+    if options.boundary:
+        raise RequestError("--boundary is for semantic models; an instance model has its AP")
+    dataset = open_instances(options.data, options.split)
+    with progress(f"evaluating on {options.data}") as update:
+        found = evaluate_instances(model.engine, dataset, limit=options.limit, progress=update)
+    kinds = {"box": found.box} if found.mask is None else {"box": found.box, "mask": found.mask}
+    totals = {
+        kind: {
+            # ap_small is "AP small".
+            name[:2].upper() + name[2:].replace("_", " "): value
+            for name, value in precision.to_dict().items()
+        }
+        for kind, precision in kinds.items()
+    }
+    classes = {kind: precision.to_classes() for kind, precision in kinds.items()}
+    head = f"{'':<16}" + "".join(f"{kind:>10}" for kind in kinds)
+    return found.to_dict(), [
+        f"{found.data} {found.split}, {found.frames} pictures",
+        "",
+        head,
+        *_rows(totals),
+        "",
+        f"{'AP of a class':<16}" + head[16:],
+        *_rows(classes),
+    ]
+
+
+def _eval_segments(
+    options: argparse.Namespace, model: Model
+) -> tuple[dict[str, object], list[str]]:
+    """Figures of a semantic and an instance model together, and their table."""
+    from edgeseg.evaluate import evaluate_panoptic
+    from edgeseg.panoptic_dataset import open_panoptic
+
+    if options.boundary:
+        raise RequestError("--boundary is for class maps; leave it out, or --panoptic")
+    dataset = open_panoptic(options.data, options.split)
+    with _load(options, options.panoptic) as other:
         with progress(f"evaluating on {options.data}") as update:
-            found = evaluate(model.engine, dataset, limit=options.limit, progress=update)
-        lines = [
-            f"{model.spec.name} on {model.engine.description}",
-            f"{found.data} {found.split}, {found.frames} pictures",
-            "",
-            f"{'mIoU':<16}{found.miou:8.4f}",
-            *(
-                f"{name:<16}{'absent' if iou is None else format(iou, '8.4f'):>8}"
-                for name, iou in found.per_class.items()
-            ),
-        ]
-        _tell(options, "\n".join(lines), found.to_dict())
-    return 0
+            found = evaluate_panoptic(
+                model.engine, other.engine, dataset, limit=options.limit, progress=update
+            )
+        description = f"{other.spec.name} on {other.engine.description}"
+    rows = {"all": found.all, "things": found.things, "stuff": found.stuff, **found.per_class}
+    columns = {
+        name.upper(): {row: figures.to_dict()[name] for row, figures in rows.items()}
+        for name in ("pq", "sq", "rq")
+    }
+    return found.to_dict(), [
+        description,
+        f"{found.data} {found.split}, {found.frames} pictures",
+        "",
+        f"{'':<16}" + "".join(f"{title:>10}" for title in columns),
+        *_rows(columns),
+    ]
+
+
+def _rows(columns: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """One line per name; the columns have the same names."""
+    names = next(iter(columns.values()))
+    values = {name: [column[name] for column in columns.values()] for name in names}
+    return [
+        f"{name:<16}"
+        + "".join(f"{'absent' if value is None else format(value, '.4f'):>10}" for value in row)
+        for name, row in values.items()
+    ]
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -532,15 +683,31 @@ def _export(options: argparse.Namespace) -> int:
         or options.fit != "stretch"
         or options.confidence
         or options.half_weights
+        or (options.mean, options.std, options.order) != (None, None, None)
+        or (options.adapter, options.output_name) != (None, None)
+        or options.align_corners
+        or options.scale != 1
     )
+    is_own = ":" in options.model or options.model.endswith(".onnx")
+    if options.task is not None and not is_own:
+        raise RequestError(
+            f"{options.model} has one task, which EdgeSeg knows; --task is for models of your own"
+        )
+    if options.task == "instance":
+        raise RequestError(
+            "models of your own are exported for the task semantic, and instance came; instance "
+            "models are exported by the names that EdgeSeg knows"
+        )
     if options.model in SHIPPED and not changed:
         bundle = Bundle.open(options.model)
         target = bundle.copy_to(options.output)
         _tell(options, f"{target}: {options.model}, as it ships", {"bundle": str(target)})
         return 0
+    from edgeseg.export.foreign import importable_here
+    from edgeseg.export.own import OwnOptions
     from edgeseg.export.package import ExportRequest, export_bundle
 
-    with progress(f"exporting {options.model}") as update:
+    with importable_here(), progress(f"exporting {options.model}") as update:
         made = export_bundle(
             ExportRequest(
                 model=options.model,
@@ -553,6 +720,15 @@ def _export(options: argparse.Namespace) -> int:
                 half_weights=options.half_weights,
                 data=options.data,
                 split=options.split,
+                own=OwnOptions(
+                    mean=options.mean,
+                    std=options.std,
+                    order=options.order,
+                    scale=options.scale,
+                    align_corners=options.align_corners,
+                    adapter=options.adapter,
+                    output_name=options.output_name,
+                ),
             ),
             options.output,
             progress=update,
@@ -700,11 +876,11 @@ def _inspect(options: argparse.Namespace) -> int:
         f"  size          {len(bundle.model.content) / 1e6:.1f} MB",
         f"  input         image uint8 (1, {spec.height}, {spec.width}, 3) BGR; frames are fitted "
         f"to it by {spec.fit}",
-        f"  output        class_map uint8 (1, {spec.height}, {spec.width})"
-        + (", confidence of the same shape" if spec.confidence else ""),
+        f"  output        {_promised_outputs(spec)}",
         f"  in the graph  {order}, mean {spec.preprocessing.mean}, std {spec.preprocessing.std}",
         f"  classes       {', '.join(spec.classes)}",
-        f"  golden pair   seed {bundle.golden.seed}",
+        f"  golden pair   seed {bundle.golden.seed}"
+        + ("" if bundle.golden.is_proof else ", in which nothing was found: it proves nothing"),
     ]
     for title in ("provenance", "verification", "accuracy"):
         if bundle.manifest.get(title):
@@ -730,6 +906,17 @@ def _inspect(options: argparse.Namespace) -> int:
         content["placement"] = placement.to_dict()
     _tell(options, "\n".join(lines), content)
     return 0
+
+
+def _promised_outputs(spec: ModelSpec) -> str:
+    if spec.task == "instance":
+        within = "the network's input" if spec.mask_extent == "image" else "the box"
+        return (
+            f"at most {spec.capacity} instances: boxes, scores, labels, count, and masks uint8 "
+            f"of {spec.mask_height}x{spec.mask_width} over {within}"
+        )
+    more = ", confidence of the same shape" if spec.confidence else ""
+    return f"class_map uint8 (1, {spec.height}, {spec.width}){more}"
 
 
 def _calibrated_with(quantization: Mapping[str, Any]) -> str:

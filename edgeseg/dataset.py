@@ -1,4 +1,4 @@
-"""Pictures with ground truth, opened by URI: CamVid folders and generated streets."""
+"""Pictures with a class per pixel, opened by URI: CamVid folders and generated streets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 from urllib.parse import parse_qsl
 
 import cv2
@@ -20,16 +20,20 @@ from edgeseg.frame import Pixels
 from edgeseg.spec import parse_size
 
 if TYPE_CHECKING:
-    from edgeseg.synthetic import Street
+    from edgeseg.synthetic import Street, StreetFrame
 
 __all__ = [
     "FRAMES_PER_STREET",
     "SPLIT_SEEDS",
     "CamVidDataset",
     "Dataset",
+    "Pictures",
     "Sample",
     "SyntheticDataset",
     "open_dataset",
+    "open_streets",
+    "read_contents",
+    "read_picture",
 ]
 
 #: First street of each split of ``synthetic:``. A split owns the million seeds from there on, so
@@ -60,23 +64,24 @@ class Sample:
     labels: NDArray[np.uint8]
 
 
-class Dataset(ABC):
+SampleT = TypeVar("SampleT")
+
+
+class Pictures(ABC, Generic[SampleT]):
     """One split of a data set: a fixed sequence of samples, read when asked for.
 
-    ``title`` is its name for a person, ``split`` the split it was opened with, and ``classes``
-    what the labels mean.
+    ``title`` is its name for a person, ``split`` the split it was opened with.
     """
 
     title: str
     split: str
-    classes: ClassList
 
     @abstractmethod
     def __len__(self) -> int:
         """Number of samples, at least one."""
 
     @abstractmethod
-    def sample(self, index: int) -> Sample:
+    def sample(self, index: int) -> SampleT:
         """Sample ``index``, 0 ... len - 1, IndexError beyond.
 
         Raises DataError, which names the file, when it cannot be read or its labels do not fit.
@@ -91,7 +96,7 @@ class Dataset(ABC):
         with). It reads every picture.
         """
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[SampleT]:
         for index in range(len(self)):
             yield self.sample(index)
 
@@ -99,6 +104,12 @@ class Dataset(ABC):
         if not 0 <= index < len(self):
             raise IndexError(f"{self.title} {self.split} has {len(self)} samples, not {index}")
         return index
+
+
+class Dataset(Pictures[Sample]):
+    """Pictures with a class per pixel; ``classes`` is what the labels mean."""
+
+    classes: ClassList
 
 
 def open_dataset(uri: str, split: str) -> Dataset:
@@ -122,11 +133,11 @@ def open_dataset(uri: str, split: str) -> Dataset:
             raise RequestError("camvid: needs the folder with images/ and labels/: camvid:DIR")
         return CamVidDataset(Path(rest).expanduser(), split)
     if kind == "synthetic":
-        return _open_synthetic(uri, rest, split)
+        return open_streets(uri, split)
     if kind == "coco":
         raise RequestError(
-            "coco: comes with instance models, and this EdgeSeg evaluates semantic ones; "
-            f"use {_FORMS}"
+            "coco: has objects and no class for every pixel, which is for instance models; "
+            f"for a semantic one use {_FORMS}"
         )
     raise RequestError(f"a data set is {_FORMS}, and {uri!r} came")
 
@@ -150,8 +161,8 @@ class CamVidDataset(Dataset):
 
     def sample(self, index: int) -> Sample:
         image, label = self._pairs[self._checked(index)]
-        pixels = _decoded(image, cv2.IMREAD_COLOR)
-        labels = _decoded(label, cv2.IMREAD_UNCHANGED)
+        pixels = read_picture(image, cv2.IMREAD_COLOR)
+        labels = read_picture(label, cv2.IMREAD_UNCHANGED)
         if labels.ndim != 2 or labels.dtype != np.uint8:
             depth = "x".join(str(side) for side in labels.shape)
             raise DataError(
@@ -175,7 +186,7 @@ class CamVidDataset(Dataset):
 
     def hashes(self) -> dict[str, str]:
         return {
-            image.stem: hashlib.sha256(_contents(image)).hexdigest() for image, _ in self._pairs
+            image.stem: hashlib.sha256(read_contents(image)).hexdigest() for image, _ in self._pairs
         }
 
 
@@ -205,13 +216,21 @@ class SyntheticDataset(Dataset):
         return self._frames
 
     def sample(self, index: int) -> Sample:
+        frame = self.frame(index)
+        return Sample(self.name(index), frame.pixels, frame.class_map)
+
+    def name(self, index: int) -> str:
+        """Name of sample ``index``: its street, and its frame there."""
+        street, turn = divmod(self._checked(index), FRAMES_PER_STREET)
+        return f"street {self._seed + street} frame {turn * _STRIDE}"
+
+    def frame(self, index: int) -> StreetFrame:
+        """Sample ``index`` with all that the generator knows, the objects included."""
         street, turn = divmod(self._checked(index), FRAMES_PER_STREET)
         seed = self._seed + street
         if seed != self._street_seed:
             self._street, self._street_seed = self._opened(seed), seed
-        number = turn * _STRIDE
-        frame = self._street.frame(number)
-        return Sample(f"street {seed} frame {number}", frame.pixels, frame.class_map)
+        return self._street.frame(turn * _STRIDE)
 
     def hashes(self) -> dict[str, str]:
         return {
@@ -227,8 +246,9 @@ class SyntheticDataset(Dataset):
         return Street(height, width, seed=seed, frames=None, scene=self._scene)
 
 
-def _open_synthetic(uri: str, rest: str, split: str) -> SyntheticDataset:
-    """The data set of ``synthetic:`` and its options, all of them checked."""
+def open_streets(uri: str, split: str) -> SyntheticDataset:
+    """The data set of ``synthetic:`` and its options, all of them checked; see `open_dataset`."""
+    rest = uri.partition(":")[2]
     if split not in SPLIT_SEEDS:
         raise RequestError(f"synthetic: has the splits {', '.join(SPLIT_SEEDS)}, not {split!r}")
     if rest and not rest.startswith("?"):
@@ -315,17 +335,18 @@ def _listed(folder: Path, part: str, split: str) -> list[Path]:
         raise DataError(f"the folder {place} cannot be read ({error.strerror})") from error
 
 
-def _contents(path: Path) -> bytes:
+def read_contents(path: Path) -> bytes:
+    """The bytes of a file; DataError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _decoded(path: Path, mode: int) -> NDArray[np.uint8]:
+def read_picture(path: Path, mode: int) -> NDArray[np.uint8]:
     """The picture in a file; DataError if it is none, or cut short."""
     # Through memory and not cv2.imread, which has trouble with names outside the code page.
-    contents = np.frombuffer(_contents(path), np.uint8)
+    contents = np.frombuffer(read_contents(path), np.uint8)
     picture = cv2.imdecode(contents, mode) if contents.size else None
     if picture is None:
         raise DataError(

@@ -312,6 +312,11 @@ class _Player:
         results: list[SemanticResult] = []
         self._source.hand_over(portion, start)
         for result in islice(self._results, len(portion)):
+            if not isinstance(result, SemanticResult):
+                raise RequestError(
+                    f"the demo compares semantic models, and {self._model.spec.name} finds "
+                    "instances; show it with `edgeseg run`"
+                )
             results.append(result)
             advance()
         self._busy_ns += results[-1].finished_ns - results[0].frame.captured_ns

@@ -7,6 +7,7 @@ channels, another normalisation, a library that computes something else.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,20 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import BundleError
 from edgeseg.frame import Pixels
+from edgeseg.instances import InstanceOutputs
+from edgeseg.result import AnyOutputs, Outputs
 
-__all__ = ["AGREEMENT", "INT8_AGREEMENT", "Golden", "golden_image"]
+__all__ = [
+    "AGREEMENT",
+    "INSTANCE_AGREEMENT",
+    "INT8_AGREEMENT",
+    "AnyGolden",
+    "Detection",
+    "Golden",
+    "InstanceGolden",
+    "golden_from_json",
+    "golden_image",
+]
 
 #: Share of sampled pixels that must agree. Rounding differs between libraries and moves a border
 #: by a pixel here and there; swapped channels or a missing normalisation move far more.
@@ -25,6 +38,19 @@ AGREEMENT = 0.97
 #: picture moves between OpenVINO and ONNX Runtime. Swapped channels still move 75 % of it, half the
 #: brightness 49 %.
 INT8_AGREEMENT = 0.9
+
+#: Share of recorded detections that must be found again. A detection at the edge of a threshold,
+#: of score or of overlap, may go either way between libraries; swapped channels lose nearly all.
+INSTANCE_AGREEMENT = 0.8
+
+# Detections that are recorded, best first: enough for a share, few enough for metadata.
+_DETECTIONS = 20
+# How far a detection may move and still be the same.
+_SAME_IOU = 0.9
+_SAME_SCORE = 0.05
+# Share of the mask's samples, relative, and in samples, since a mask may have few.
+_SAME_COVER = 0.1
+_SAME_SAMPLES = 2.0
 
 # Samples of the class map per axis.
 _GRID = 48
@@ -71,6 +97,15 @@ class Golden:
         """The pair of ``seed`` and (height, width) uint8 ``class_map``."""
         return cls(seed, _sampled(class_map).tobytes().hex(), promised)
 
+    @property
+    def is_proof(self) -> bool:
+        """Whether agreement says anything; a class map always does."""
+        return True
+
+    def agreement_of(self, outputs: AnyOutputs) -> float:
+        """``agreement`` of an engine's outputs; 0 for those of another task."""
+        return self.agreement(outputs.class_map) if isinstance(outputs, Outputs) else 0.0
+
     def agreement(self, class_map: NDArray[np.uint8]) -> float:
         """Share of the sampled pixels at which ``class_map`` has the recorded class, 0 to 1."""
         wanted = np.frombuffer(bytes.fromhex(self.samples), np.uint8)
@@ -98,3 +133,146 @@ class Golden:
         except (ValueError, KeyError, TypeError) as error:
             raise BundleError(f"the model's golden pair cannot be read ({error})") from error
         return golden
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One recorded instance.
+
+    ``box``: x1, y1, x2, y2 in network pixels. ``cover``: its mask's mean level over all samples,
+    as a share of the highest; a tenth of it may change.
+    """
+
+    label: int
+    score: float
+    box: tuple[float, float, float, float]
+    cover: float
+
+
+@dataclass(frozen=True)
+class InstanceGolden:
+    """Seed of the picture, the best detections in it, the share of them that every engine has to
+    find again, and the number of samples of a mask.
+
+    Without detections it proves nothing, and says so: see ``is_proof``.
+    """
+
+    seed: int
+    detections: tuple[Detection, ...]
+    samples: int
+    promised: float = INSTANCE_AGREEMENT
+
+    @classmethod
+    def of(
+        cls, seed: int, outputs: InstanceOutputs, promised: float = INSTANCE_AGREEMENT
+    ) -> InstanceGolden:
+        """The pair of ``seed`` and what the graph found in its picture."""
+        samples = int(np.prod(outputs.masks.shape[1:]))
+        return cls(seed, tuple(_detections(outputs)[:_DETECTIONS]), samples, promised)
+
+    @property
+    def is_proof(self) -> bool:
+        """Whether there is anything to find again."""
+        return bool(self.detections)
+
+    def agreement_of(self, outputs: AnyOutputs) -> float:
+        """Share of the recorded detections that are found again, 0 to 1.
+
+        Found again: one of the same label, a box with an IoU of 0.9 or more, a score within 0.05
+        and a mask that covers as much, within a tenth. Each is found once. Where none is recorded,
+        1 if none is found either, else 0; outputs of another task give 0.
+        """
+        if not isinstance(outputs, InstanceOutputs):
+            return 0.0
+        found = _detections(outputs)
+        if not self.detections:
+            return 0.0 if found else 1.0
+        again = 0
+        for wanted in self.detections:
+            match = next((other for other in found if self._is_same(wanted, other)), None)
+            if match is not None:
+                found.remove(match)
+                again += 1
+        return again / len(self.detections)
+
+    def _is_same(self, wanted: Detection, found: Detection) -> bool:
+        room = max(_SAME_COVER * wanted.cover, _SAME_SAMPLES / self.samples)
+        return (
+            wanted.label == found.label
+            and abs(wanted.score - found.score) <= _SAME_SCORE
+            and abs(wanted.cover - found.cover) <= room
+            and _iou(wanted.box, found.box) >= _SAME_IOU
+        )
+
+    def to_json(self) -> str:
+        """One line of JSON; ``golden_from_json`` reads it back."""
+        rows = [
+            [detection.label, round(detection.score, 5), *detection.box, round(detection.cover, 6)]
+            for detection in self.detections
+        ]
+        return json.dumps(
+            {
+                "seed": self.seed,
+                "detections": rows,
+                "samples": self.samples,
+                "promised": self.promised,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> InstanceGolden:
+        """The pair that ``to_json`` wrote; BundleError for anything else."""
+        try:
+            values = json.loads(text)
+            detections = []
+            for label, score, x1, y1, x2, y2, cover in values["detections"]:
+                box = (float(x1), float(y1), float(x2), float(y2))
+                detections.append(Detection(int(label), float(score), box, float(cover)))
+            samples = int(values["samples"])
+            if samples < 1:
+                raise ValueError(f"a mask of {samples} samples")
+            return cls(int(values["seed"]), tuple(detections), samples, float(values["promised"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"the model's golden pair cannot be read ({error})") from error
+
+
+AnyGolden = Golden | InstanceGolden
+
+
+def golden_from_json(text: str) -> AnyGolden:
+    """The golden pair of either task that ``to_json`` wrote; BundleError for anything else."""
+    try:
+        values = json.loads(text)
+        is_instance = isinstance(values, dict) and "detections" in values
+    except ValueError as error:
+        raise BundleError(f"the model's golden pair cannot be read ({error})") from error
+    return InstanceGolden.from_json(text) if is_instance else Golden.from_json(text)
+
+
+def _detections(outputs: InstanceOutputs) -> list[Detection]:
+    """The instances that have numbers for boxes, best first."""
+    covers = outputs.masks.mean(axis=(1, 2), dtype=np.float64) / 255
+    found = []
+    for label, score, (x1, y1, x2, y2), cover in zip(
+        outputs.labels.tolist(),
+        outputs.scores.tolist(),
+        outputs.boxes.tolist(),
+        covers.tolist(),
+        strict=True,
+    ):
+        # JSON has no NaN, and no box with one is the same as another.
+        if all(map(math.isfinite, (score, x1, y1, x2, y2))):
+            box = (round(x1, 3), round(y1, 3), round(x2, 3), round(y2, 3))
+            found.append(Detection(label, score, box, cover))
+    return found
+
+
+def _iou(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    """Intersection over union of two boxes; 1 for two equal ones without area."""
+    if a == b:
+        return 1.0
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    overlap = max(width, 0.0) * max(height, 0.0)
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return overlap / (areas - overlap) if areas > overlap else 0.0

@@ -13,7 +13,7 @@ from edgeseg.engine.device_frame import frame_of
 from edgeseg.frame import Frame
 from edgeseg.geometry import Geometry
 from edgeseg.pipeline import Pipeline
-from edgeseg.result import SemanticResult
+from edgeseg.result import AnyResult, result_of
 from edgeseg.source import Source, open_source
 from edgeseg.spec import ModelSpec
 
@@ -42,8 +42,8 @@ class Model:
         """Its classes, colours and network size."""
         return self._bundle.spec
 
-    def __call__(self, frame: Any) -> SemanticResult:
-        """The classes of one frame: any (height, width, 3) uint8 BGR array, or a ``Frame``.
+    def __call__(self, frame: Any) -> AnyResult:
+        """The classes, or the instances, of any (height, width, 3) uint8 BGR array or ``Frame``.
 
         An array is numpy's, or has DLPack or a CUDA array interface; one on the GPU is read there
         by TensorRT, and copied to the host for other engines. FrameError, with the conversion to
@@ -52,11 +52,11 @@ class Model:
         taken = frame if isinstance(frame, Frame) else frame_of(frame)
         geometry = Geometry.between(taken.height, taken.width, self.spec)
         outputs = self._engine.submit(self._engine.prepare(taken, geometry)).outputs()
-        return SemanticResult.from_outputs(outputs, taken, geometry, self.spec)
+        return result_of(outputs, taken, geometry, self.spec)
 
     def stream(
         self, source: str | int | os.PathLike[str] | Source, *, frames: int | None = None
-    ) -> Iterator[SemanticResult]:
+    ) -> Iterator[AnyResult]:
         """Results of a camera, video, folder or stream, in order, as they are finished.
 
         ``source``: a URI (see ``open_source``), a camera's number, a path, or an opened source.
@@ -74,7 +74,7 @@ class Model:
         return self._results(Pipeline(self._engine, opened, max_frames=frames))
 
     @staticmethod
-    def _results(pipeline: Pipeline) -> Iterator[SemanticResult]:
+    def _results(pipeline: Pipeline) -> Iterator[AnyResult]:
         with pipeline:
             yield from pipeline
 

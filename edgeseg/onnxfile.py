@@ -1,9 +1,10 @@
 """An ONNX file as a device needs it: read its metadata, take off or write out its head.
 
 The device side does without the ``onnx`` package, and a few things are all it has to do with the
-file itself: read ``metadata_props``; cut the graph before ``EdgeSegUpsampleArgmax``, so that the
-compiled kernel takes over; replace that node by its function body, for libraries that know no
-model-local functions; or hand EdgeSeg's nodes to TensorRT's plugins. Each is a matter of moving
+file itself: read ``metadata_props``; cut the graph before ``EdgeSegUpsampleArgmax`` or
+``EdgeSegMaskAssembly``, so that the compiled kernel takes over; replace such a node by its function
+body, for libraries that know no model-local functions; or hand EdgeSeg's nodes to TensorRT's
+plugins. Each is a matter of moving
 whole protobuf fields, so that is what this does: fields it has no business with are copied as they
 are, byte for byte.
 
@@ -13,7 +14,7 @@ Field numbers: onnx/onnx.proto (ONNX IR 10). Wire format: the Protocol Buffers e
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from edgeseg.errors import BundleError
 
-__all__ = ["DOMAIN", "HEAD", "PLUGIN_VERSION", "Head", "OnnxFile"]
+__all__ = ["DOMAIN", "HEAD", "MASK_HEAD", "PLUGIN_VERSION", "Head", "MaskHead", "OnnxFile"]
 
 #: domain of EdgeSeg's operators, and namespace of the TensorRT plugins for them
 DOMAIN = "edgeseg"
@@ -30,12 +31,15 @@ PLUGIN_VERSION = "1"
 
 #: op type of the upsampling head (domain ``edgeseg``)
 HEAD = "EdgeSegUpsampleArgmax"
+#: op type of the head that makes the masks of instances (domain ``edgeseg``)
+MASK_HEAD = "EdgeSegMaskAssembly"
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 _MODEL_GRAPH, _MODEL_METADATA, _MODEL_FUNCTION = 7, 14, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_OUTPUT = 1, 5, 12
 _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW = 2, 8, 9
+_VALUE_NAME = 1
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
 _NODE_DOMAIN = 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_STRING, _ATTRIBUTE_TYPE = 1, 3, 4, 20
@@ -62,6 +66,22 @@ class Head:
     width: int
     align_corners: bool
     confidence: bool
+
+
+@dataclass(frozen=True)
+class MaskHead:
+    """What the mask head that was cut off read, and its attributes.
+
+    Names of tensors that the cut graph gives: ``prototypes`` float32 (1, channels, h, w),
+    ``coefficients`` float32 (1, capacity, channels), ``boxes`` float32 (1, capacity, 4) in network
+    pixels. ``network_height`` and ``network_width``: network size in pixels.
+    """
+
+    prototypes: str
+    coefficients: str
+    boxes: str
+    network_height: int
+    network_width: int
 
 
 @dataclass(frozen=True)
@@ -105,27 +125,14 @@ class OnnxFile:
         the function bodies are gone.
         """
         model, graph = self._parts()
-        nodes = [value for number, _, _, value in graph if number == _GRAPH_NODE]
-        heads = [node for node in nodes if self._text(node, _NODE_OP_TYPE) == HEAD]
-        if len(heads) != 1:
-            raise BundleError(f"{self.name} has {len(heads)} {HEAD} nodes where one is promised")
-        (head,) = heads
-        attributes = self._integers(head)
+        head = self._head_node(graph, HEAD)
+        attributes = self._integers(head, HEAD, ("height", "width", "align_corners"))
         logits = self._text(head, _NODE_INPUT)
         outputs = sum(number == _GRAPH_OUTPUT for number, _, _, _ in graph)
-        # Everything downstream of the head goes with it.
-        gone = set(self._texts(head, _NODE_OUTPUT))
-        kept = []
-        for node in nodes:
-            if node is head:
-                continue
-            if gone.intersection(self._texts(node, _NODE_INPUT)):
-                gone.update(self._texts(node, _NODE_OUTPUT))
-            else:
-                kept.append((_GRAPH_NODE, _BYTES, 0, node))
-        rest = [field for field in graph if field[0] not in (_GRAPH_NODE, _GRAPH_OUTPUT)]
-        output = (_GRAPH_OUTPUT, _BYTES, 0, _float_value_info(logits))
-        return _rewritten(model, [*kept, *rest, output]), Head(
+        kept, _ = self._upstream(graph, head)
+        rest = [field for field in kept if field[0] != _GRAPH_OUTPUT]
+        output = (_GRAPH_OUTPUT, _BYTES, 0, _float_value_info(logits, 4))
+        return _rewritten(model, [*rest, output]), Head(
             logits=logits,
             height=attributes["height"],
             width=attributes["width"],
@@ -133,13 +140,61 @@ class OnnxFile:
             confidence=outputs > 1,
         )
 
-    def inlined(self) -> bytes:
-        """The model with every call of a model-local function replaced by the function's body."""
+    def has_mask_head(self) -> bool:
+        """Whether masks are assembled at the end, so that ``without_mask_head`` can cut there."""
+        _, graph = self._parts()
+        return bool(self._nodes(graph, MASK_HEAD))
+
+    def without_mask_head(self) -> tuple[bytes, MaskHead]:
+        """A model that ends with what the mask head reads, and what the head would have done.
+
+        Of the graph's outputs the masks are gone, with the head and whatever follows it; its
+        inputs come after the others, as far as they are not among them. The calls of other
+        functions are replaced by their bodies.
+        """
+        content = self.inlined(but=MASK_HEAD)
+        file = OnnxFile(content, self.name)
+        model, graph = file._parts()
+        head = file._head_node(graph, MASK_HEAD)
+        attributes = file._integers(head, MASK_HEAD, ("network_height", "network_width"))
+        inputs = file._texts(head, _NODE_INPUT)
+        if len(inputs) != 4:
+            raise BundleError(
+                f"{self.name}: {MASK_HEAD} reads prototypes, coefficients, boxes and count, and "
+                f"{len(inputs)} inputs came"
+            )
+        kept, gone = file._upstream(graph, head)
+        given = set()
+        written = []
+        for field in kept:
+            if field[0] == _GRAPH_OUTPUT:
+                name = file._text(field[3], _VALUE_NAME)
+                if name in gone:
+                    continue
+                given.add(name)
+            written.append(field)
+        for name, axes in zip(inputs[:3], (4, 3, 3), strict=True):
+            if name not in given:
+                written.append((_GRAPH_OUTPUT, _BYTES, 0, _float_value_info(name, axes)))
+        prototypes, coefficients, boxes, _ = inputs
+        return _rewritten(model, written), MaskHead(
+            prototypes=prototypes,
+            coefficients=coefficients,
+            boxes=boxes,
+            network_height=attributes["network_height"],
+            network_width=attributes["network_width"],
+        )
+
+    def inlined(self, *, but: str = "") -> bytes:
+        """The model with every call of a model-local function replaced by the function's body.
+
+        Calls of the function ``but`` stay as they are; its body is gone all the same.
+        """
         model, graph = self._parts()
         functions = {
             self._text(value, _FUNCTION_NAME): value
             for number, _, _, value in model
-            if number == _MODEL_FUNCTION
+            if number == _MODEL_FUNCTION and self._text(value, _FUNCTION_NAME) != but
         }
         written: list[Field] = []
         for index, field in enumerate(graph):
@@ -329,6 +384,33 @@ class OnnxFile:
             ]
         )
 
+    def _nodes(self, graph: list[Field], op_type: str) -> list[bytes]:
+        return [
+            value
+            for number, _, _, value in graph
+            if number == _GRAPH_NODE and self._text(value, _NODE_OP_TYPE) == op_type
+        ]
+
+    def _head_node(self, graph: list[Field], op_type: str) -> bytes:
+        heads = self._nodes(graph, op_type)
+        if len(heads) != 1:
+            raise BundleError(f"{self.name} has {len(heads)} {op_type} nodes where one is promised")
+        return heads[0]
+
+    def _upstream(self, graph: list[Field], head: bytes) -> tuple[list[Field], set[str]]:
+        """``graph`` without ``head`` and what follows it, and the tensors that went with them."""
+        gone = set(self._texts(head, _NODE_OUTPUT))
+        kept = []
+        for field in graph:
+            if field[0] == _GRAPH_NODE:
+                if field[3] is head:
+                    continue
+                if gone.intersection(self._texts(field[3], _NODE_INPUT)):
+                    gone.update(self._texts(field[3], _NODE_OUTPUT))
+                    continue
+            kept.append(field)
+        return kept, gone
+
     def _parts(self) -> tuple[list[Field], list[Field]]:
         model = list(self._fields(self.content))
         graphs = [value for number, _, _, value in model if number == _MODEL_GRAPH]
@@ -336,12 +418,12 @@ class OnnxFile:
             raise BundleError(f"{self.name} is not an ONNX model")
         return model, list(self._fields(graphs[0]))
 
-    def _integers(self, node: bytes) -> dict[str, int]:
-        """The attributes of the head's ``node`` as integers; BundleError where one is missing."""
+    def _integers(self, node: bytes, op_type: str, names: Sequence[str]) -> dict[str, int]:
+        """The attributes ``names`` of ``node`` as integers; BundleError where one is missing."""
         found = self._named_integers(node)
-        for name in ("height", "width", "align_corners"):
+        for name in names:
             if name not in found:
-                raise BundleError(f"{self.name}: {HEAD} has no attribute {name}")
+                raise BundleError(f"{self.name}: {op_type} has no attribute {name}")
         return found
 
     def _named_integers(self, node: bytes) -> dict[str, int]:
@@ -420,9 +502,9 @@ def _rewritten(model: list[Field], graph: list[Field]) -> bytes:
     )
 
 
-def _float_value_info(name: str) -> bytes:
-    """A ValueInfoProto: ``name``, float32, four dimensions whose sizes are left to inference."""
-    shape = _joined([(1, _BYTES, 0, b"")] * 4)
+def _float_value_info(name: str, axes: int) -> bytes:
+    """A ValueInfoProto: ``name``, float32, ``axes`` dimensions whose sizes inference will find."""
+    shape = _joined([(1, _BYTES, 0, b"")] * axes)
     tensor = _joined([(1, _VARINT, _FLOAT, b""), (2, _BYTES, 0, shape)])
     kind = _joined([(1, _BYTES, 0, tensor)])
     return _joined([(1, _BYTES, 0, name.encode()), (2, _BYTES, 0, kind)])

@@ -16,7 +16,7 @@ from edgeseg.engine.base import Engine, Pending, Prepared
 from edgeseg.errors import RequestError
 from edgeseg.frame import Frame
 from edgeseg.geometry import Geometry
-from edgeseg.result import Outputs, SemanticResult
+from edgeseg.result import AnyOutputs, AnyResult, result_of
 from edgeseg.source import Source
 
 __all__ = ["STAGES", "Ledger", "MaskAge", "Pipeline", "Stage", "StageTimes", "Summary"]
@@ -92,7 +92,7 @@ class Ledger:
 
     ``capture`` is the time inside the source, waiting for a live one included; ``fit`` the way to
     network size and, on a GPU, into its memory; ``network`` and ``head`` what the engine reports (a
-    head of 0 runs inside the network); ``restore`` brings the class map back to frame size;
+    head of 0 runs inside the network); ``restore`` brings the masks to frame size;
     ``output`` is drawing and writing, which the caller records. Waiting in line, for the engine or
     for the caller, is in no stage; mask age has it. Percentiles cover the latest 20 000 frames,
     counts all.
@@ -156,7 +156,7 @@ class Ledger:
         with self._lock:
             self._times[stage].append(ns)
 
-    def count_finished(self, result: SemanticResult, restore_ns: int) -> None:
+    def count_finished(self, result: AnyResult, restore_ns: int) -> None:
         """Counts one finished mask, with its age and the engine's times in network and head."""
         with self._lock:
             self._times["network"].append(result.outputs.network_ns)
@@ -248,7 +248,7 @@ class Pipeline:
         # side when the engine has room for it and not before, so that it is the newest.
         self._flying: _Channel[_Flying] = _Channel(engine.frames_in_flight, newest_only=False)
         self._room = threading.Semaphore(engine.frames_in_flight)
-        self._results: _Channel[SemanticResult] = _Channel(1 if newest_only else depth, newest_only)
+        self._results: _Channel[AnyResult] = _Channel(1 if newest_only else depth, newest_only)
         self._threads: list[tuple[threading.Thread, float]] = []
         self._started = False
         self._closed = False
@@ -263,7 +263,7 @@ class Pipeline:
         """Where the frames come from."""
         return self._source
 
-    def __iter__(self) -> Iterator[SemanticResult]:
+    def __iter__(self) -> Iterator[AnyResult]:
         """Starts the threads at the first result; raises RequestError the second time."""
         if self._started or self._closed:
             raise RequestError("a pipeline runs once; make a new one, with a newly opened source")
@@ -298,7 +298,7 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _run(self) -> Iterator[SemanticResult]:
+    def _run(self) -> Iterator[AnyResult]:
         if self._closed:
             return
         capture = threading.Thread(target=self._capture, name="edgeseg-capture", daemon=True)
@@ -399,12 +399,10 @@ class Pipeline:
         finally:
             self._results.finish(error)
 
-    def _deliver(self, waiting: _Waiting, outputs: Outputs) -> None:
+    def _deliver(self, waiting: _Waiting, outputs: AnyOutputs) -> None:
         """Outputs -> the caller."""
         started_ns = time.perf_counter_ns()
-        result = SemanticResult.from_outputs(
-            outputs, waiting.frame, waiting.geometry, self._engine.spec
-        )
+        result = result_of(outputs, waiting.frame, waiting.geometry, self._engine.spec)
         self._ledger.record("fit", waiting.prepare_ns + outputs.fit_ns)
         self._ledger.count_finished(result, time.perf_counter_ns() - started_ns)
         if self._results.put(result):

@@ -26,7 +26,7 @@ from edgeseg.report import (
     Stack,
     Table,
 )
-from edgeseg.result import SemanticResult
+from edgeseg.result import Result
 from edgeseg.source import open_source
 
 __all__ = ["Profile", "profile"]
@@ -66,7 +66,7 @@ class Profile:
     summary: Summary
     peak_rss_mb: float
     notes: tuple[str, ...]
-    last: SemanticResult
+    last: Result
     layers: tuple[tuple[str, float], ...] = ()
 
     def to_dict(self) -> dict[str, object]:
@@ -138,7 +138,7 @@ class Profile:
                         Pictures(
                             (
                                 Picture(self.last.frame.pixels, "as it came"),
-                                Picture(self.last.draw(), "with its classes"),
+                                Picture(self.last.draw(), "with what was found"),
                             )
                         ),
                     ),
@@ -246,7 +246,7 @@ def profile(
     for _ in range(_WARM_UP):
         model(blank)
     with Pipeline(engine, open_source(uri), max_frames=frames) as pipeline:
-        last: SemanticResult | None = None
+        last: Result | None = None
         for done, result in enumerate(pipeline, 1):
             last = result
             if progress is not None:

@@ -1,10 +1,11 @@
-"""What a user gets for one frame."""
+"""What a user gets for one frame: the classes of its pixels, or its instances."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,52 @@ from edgeseg.draw import draw_classes
 from edgeseg.errors import RequestError
 from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
+from edgeseg.instances import InstanceOutputs, InstanceResult
 from edgeseg.spec import ModelSpec
 
-__all__ = ["Outputs", "SemanticResult"]
+__all__ = ["AnyOutputs", "AnyResult", "Outputs", "Result", "SemanticResult", "result_of"]
+
+
+class Result(Protocol):
+    """What the results of all tasks have in common: enough to show, write and time them."""
+
+    @property
+    def frame(self) -> Frame:
+        """The frame that it is of."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The contract of the model that made it."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """How the frame was fitted to the network."""
+
+    @property
+    def finished_ns(self) -> int:
+        """``time.monotonic_ns()`` when it was finished, at frame size."""
+
+    @property
+    def index(self) -> int:
+        """Number of the frame in its source."""
+
+    @property
+    def age_ms(self) -> float:
+        """Milliseconds from the frame's capture to the finished result."""
+
+    @property
+    def summary(self) -> str:
+        """One line for a person: what is in the frame."""
+
+    def maps(self) -> dict[str, NDArray[Any]]:
+        """Single-channel pictures at frame size that hold the answer; name -> array."""
+
+    def draw(self, *, opacity: float = 0.5, legend: bool = True) -> Pixels:
+        """The frame with the answer over it, BGR; a new array."""
+
+
+# Classes named in the summary of a frame.
+_SUMMARISED = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +144,16 @@ class SemanticResult:
             for name, count in zip(self.spec.classes, counts, strict=False)
         }
 
+    @property
+    def summary(self) -> str:
+        """One line for a person: the classes that cover most of the frame."""
+        shares = sorted(self.shares().items(), key=lambda entry: -entry[1])
+        return ", ".join(f"{name} {share:.0%}" for name, share in shares[:_SUMMARISED] if share)
+
+    def maps(self) -> dict[str, NDArray[Any]]:
+        """Pictures that hold the whole answer: ``classes``, the class map."""
+        return {"classes": self.class_map}
+
     def draw(self, *, opacity: float = 0.5, legend: bool = True) -> Pixels:
         """The frame with its classes blended over it, BGR; a new array.
 
@@ -114,3 +168,14 @@ class SemanticResult:
             opacity=opacity,
             legend=legend,
         )
+
+
+AnyOutputs = Outputs | InstanceOutputs
+AnyResult = SemanticResult | InstanceResult
+
+
+def result_of(outputs: AnyOutputs, frame: Frame, geometry: Geometry, spec: ModelSpec) -> AnyResult:
+    """The result that belongs to ``outputs``, finished now, its masks already at frame size."""
+    if isinstance(outputs, InstanceOutputs):
+        return InstanceResult.from_outputs(outputs, frame, geometry, spec)
+    return SemanticResult.from_outputs(outputs, frame, geometry, spec)

@@ -11,15 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import RequestError, SinkError, SourceError
 from edgeseg.frame import Pixels
-from edgeseg.result import SemanticResult
+from edgeseg.result import Result
 from edgeseg.source import quiet_opencv
 
 __all__ = [
@@ -63,7 +62,7 @@ class Sink(ABC):
     """
 
     @abstractmethod
-    def write(self, result: SemanticResult) -> None:
+    def write(self, result: Result) -> None:
         """Takes one result; raises SinkError when it cannot be written."""
 
     @property
@@ -96,7 +95,7 @@ class Sink(ABC):
 class NullSink(Sink):
     """Takes results and does nothing with them."""
 
-    def write(self, result: SemanticResult) -> None:
+    def write(self, result: Result) -> None:
         """Does nothing."""
 
 
@@ -147,7 +146,7 @@ class VideoSink(Sink):
         """Four letters of the codec it writes with: ``avc1`` (H.264), ``mp4v``, ``MJPG``..."""
         return self._codec
 
-    def write(self, result: SemanticResult) -> None:
+    def write(self, result: Result) -> None:
         """Draws the result and appends it."""
         if self._closed:
             raise SinkError(f"{self._path} is finished, and one more frame came")
@@ -219,7 +218,8 @@ class VideoSink(Sink):
 class ImageFolderSink(Sink):
     """A folder of PNGs: ``<index>.png``, the frame with its classes over it, six digits.
 
-    With ``masks`` also ``<index>_classes.png``, the class of every pixel as a grey value. The
+    With ``masks`` also ``<index>_classes.png``, the class of every pixel as a grey value, or
+    ``<index>_instances.png``, the number of the best instance there, from 1 on, 0 for none. The
     folder is made if it is not there. Each file appears whole, under its name, or not at all; an
     aborted run keeps those that were finished. Raises SinkError, before the first frame, when the
     folder cannot be written to.
@@ -248,11 +248,12 @@ class ImageFolderSink(Sink):
         if not os.access(self._folder, os.W_OK | os.X_OK):
             raise SinkError(f"the folder {self._folder} may not be written to; choose another")
 
-    def write(self, result: SemanticResult) -> None:
+    def write(self, result: Result) -> None:
         """Writes the pictures of one result."""
         name = f"{result.index:06d}"
         if self._masks:
-            self._save(f"{name}_classes.png", result.class_map)
+            for kind, values in result.maps().items():
+                self._save(f"{name}_{kind}.png", values)
         picture = result.draw(opacity=self._opacity, legend=self._legend)
         self._save(f"{name}.png", picture)
 
@@ -261,7 +262,7 @@ class ImageFolderSink(Sink):
         if self._made and self._folder.is_dir() and not any(self._folder.iterdir()):
             self._folder.rmdir()
 
-    def _save(self, name: str, picture: NDArray[np.uint8]) -> None:
+    def _save(self, name: str, picture: NDArray[Any]) -> None:
         # Level 1: a quarter of the time of OpenCV's default, for files a little larger.
         done, encoded = cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 1])
         target = self._folder / name
@@ -302,7 +303,7 @@ class WindowSink(Sink):
         """Whether the user pressed Q or Escape, or closed the window."""
         return self._stopped
 
-    def write(self, result: SemanticResult) -> None:
+    def write(self, result: Result) -> None:
         """Shows one result; nothing once the window was closed."""
         if self._stopped or self._closed:
             return
@@ -349,7 +350,7 @@ class MultiSink(Sink):
         """Whether any of them was stopped."""
         return any(sink.stopped for sink in self._sinks)
 
-    def write(self, result: SemanticResult) -> None:
+    def write(self, result: Result) -> None:
         """Writes to each."""
         for sink in self._sinks:
             sink.write(result)

@@ -10,12 +10,24 @@ from typing import Any, Literal, cast
 
 from edgeseg.errors import BundleError, RequestError
 
-__all__ = ["FITS", "TASKS", "Fit", "ModelSpec", "Preprocessing", "Task", "parse_size"]
+__all__ = [
+    "FITS",
+    "MASK_EXTENTS",
+    "TASKS",
+    "Fit",
+    "MaskExtent",
+    "ModelSpec",
+    "Preprocessing",
+    "Task",
+    "parse_size",
+]
 
-Task = Literal["semantic"]
+Task = Literal["semantic", "instance"]
 Fit = Literal["stretch", "letterbox"]
-TASKS: tuple[Task, ...] = ("semantic",)
+MaskExtent = Literal["image", "box"]
+TASKS: tuple[Task, ...] = ("semantic", "instance")
 FITS: tuple[Fit, ...] = ("stretch", "letterbox")
+MASK_EXTENTS: tuple[MaskExtent, ...] = ("image", "box")
 
 #: version of the contract between the graph and the code that runs it
 CONTRACT = 1
@@ -50,6 +62,11 @@ class ModelSpec:
     ``height`` and ``width`` are the network size in pixels; ``classes`` the names in the order of
     the values in the class map; ``colours`` one (red, green, blue) per class; ``ignore`` the label
     value that evaluation leaves out; ``fit`` how a frame is brought to network size.
+
+    An instance model gives at most ``capacity`` instances with masks of ``mask_height`` x
+    ``mask_width`` samples; with ``mask_extent`` "image" they span the network's input and are zero
+    outside of the instance's box, with "box" they span the box. Its classes hold no background. A
+    semantic model has 0 for the three numbers.
     """
 
     name: str
@@ -63,6 +80,10 @@ class ModelSpec:
     preprocessing: Preprocessing
     fit: Fit = "stretch"
     confidence: bool = False
+    capacity: int = 0
+    mask_height: int = 0
+    mask_width: int = 0
+    mask_extent: MaskExtent = "image"
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -79,6 +100,24 @@ class ModelSpec:
             raise RequestError(
                 f"{len(self.classes)} classes came with {len(self.colours)} colours; "
                 "give one colour per class"
+            )
+        if self.mask_extent not in MASK_EXTENTS:
+            raise RequestError(
+                f"masks span one of {', '.join(MASK_EXTENTS)}, and {self.mask_extent!r} came"
+            )
+        numbers = (self.capacity, self.mask_height, self.mask_width)
+        if self.task == "semantic":
+            if any(numbers) or self.mask_extent != "image":
+                raise RequestError(
+                    f"a semantic model has no instances, and a capacity of {self.capacity} with "
+                    f"masks of {self.mask_height}x{self.mask_width} came"
+                )
+        elif min(numbers) < 1 or self.confidence:
+            raise RequestError(
+                "an instance model has a capacity and a mask size of 1 or more and no confidence "
+                f"map, and a capacity of {self.capacity} with masks of "
+                f"{self.mask_height}x{self.mask_width} came"
+                + (", and a confidence map" if self.confidence else "")
             )
 
     def to_json(self) -> str:
@@ -122,6 +161,11 @@ class ModelSpec:
             ),
             fit=cast(Fit, values["fit"]),
             confidence=bool(values["confidence"]),
+            # Files from before there were instances lack these.
+            capacity=int(values.get("capacity", 0)),
+            mask_height=int(values.get("mask_height", 0)),
+            mask_width=int(values.get("mask_width", 0)),
+            mask_extent=cast(MaskExtent, values.get("mask_extent", "image")),
         )
 
 

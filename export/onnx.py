@@ -1,17 +1,20 @@
 """A PyTorch network as one self-describing ONNX graph with the device contract.
 
-``image`` uint8 (1, H, W, 3) BGR in, ``class_map`` uint8 (1, H, W) out, everything between them in
-the graph. Initializers keep their state_dict names, so the file is also a checkpoint.
+``image`` uint8 (1, H, W, 3) BGR in; ``class_map`` uint8 (1, H, W) out, or ``boxes``, ``scores``,
+``labels``, ``count`` and ``masks`` of instances; everything between them in the graph. Initializers
+keep their state_dict names, so the file is also a checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +29,9 @@ from torch import Tensor, nn
 from edgeseg.bundle import GOLDEN_KEY, SHIPPED, SPEC_KEY, WEIGHTS_KEY, Bundle
 from edgeseg.engine.onnxruntime import recorded_golden
 from edgeseg.errors import BundleError, RequestError, WeightsError
-from edgeseg.export.models import SemanticNetwork
-from edgeseg.golden import Golden
+from edgeseg.export.models import InstanceNetwork, SemanticNetwork
+from edgeseg.export.own import OwnNetwork
+from edgeseg.golden import AnyGolden
 from edgeseg.onnxfile import HEAD
 from edgeseg.spec import ModelSpec, Preprocessing
 
@@ -46,7 +50,7 @@ class Export:
     """What ``export_network`` made: the model, and the golden pair recorded in it."""
 
     model: onnx.ModelProto
-    golden: Golden
+    golden: AnyGolden
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the model to ``path``, whole or not at all."""
@@ -72,8 +76,19 @@ class _LowResolution(nn.Module):
         return self.network.low_resolution_logits(x)
 
 
+class _Raw(nn.Module):
+    """The part of an instance network that is traced: normalised image -> what its head reads."""
+
+    def __init__(self, network: InstanceNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.network.raw(x)
+
+
 def export_network(
-    network: SemanticNetwork,
+    network: SemanticNetwork | InstanceNetwork,
     spec: ModelSpec,
     *,
     half_weights: bool = False,
@@ -84,7 +99,7 @@ def export_network(
     ``half_weights`` stores kernels as fp16 with a Cast to fp32 behind each; arithmetic stays fp32.
     ``source_sha256`` identifies the checkpoint in the metadata.
 
-    RequestError when the size of ``spec`` does not suit the network.
+    RequestError when ``spec`` does not suit the network.
     """
     stride = network.stride
     if spec.height % stride or spec.width % stride:
@@ -97,22 +112,42 @@ def export_network(
             f"{spec.architecture} takes sizes from {network.smallest}x{network.smallest} on, "
             f"and {spec.height}x{spec.width} came"
         )
-    graph = _traced(network, spec)
-    _write_names(graph)
-    _drop_zero_biases(graph)
+    opset = OPSET
+    if isinstance(network, InstanceNetwork):
+        _check_instances(network, spec)
+        names = tuple(f"{_OURS}{name}" for name in network.raw_names)
+        graph = traced(_Raw(network), (spec.height, spec.width), names)
+        image_convolutions = network.image_convolutions
+    elif isinstance(network, OwnNetwork):
+        opset = network.opset
+        graph = onnx.GraphProto()
+        graph.CopyFrom(network.graph)
+        image_convolutions = _image_convolutions(graph)
+    else:
+        graph = traced(_LowResolution(network), (spec.height, spec.width))
+        image_convolutions = network.image_convolutions
     flipped: tuple[str, ...] = ()
-    if spec.preprocessing.order == "rgb":
-        flipped = network.image_convolutions
+    reads_rgb = spec.preprocessing.order == "rgb"
+    if reads_rgb:
+        flipped = image_convolutions
         _flip_channels(graph, flipped)
     _prepend_image(graph, spec)
+    if reads_rgb and not flipped:
+        _reorder_channels(graph)
     if half_weights:
         _store_as_half(graph)
-    function = _append_head(graph, spec, align_corners=network.align_corners)
+    if isinstance(network, InstanceNetwork):
+        functions = network.append_head(graph, spec)
+    else:
+        if isinstance(network, OwnNetwork) and network.is_binary:
+            _append_pair(graph, threshold=0.5 if network.tail.ends_in_sigmoid else 0.0)
+        functions = [_append_head(graph, spec, align_corners=network.align_corners, opset=opset)]
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(
         graph,
-        functions=[function],
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
-        ir_version=IR_VERSION,
+        functions=functions,
+        opset_imports=opsets,
+        ir_version=max(IR_VERSION, helper.find_min_ir_version_for(opsets, ignore_unknown=True)),
         producer_name="edgeseg",
     )
     folded = {"flipped": list(flipped), "sha256": source_sha256}
@@ -129,39 +164,79 @@ def export_network(
     return Export(model, golden)
 
 
-def _traced(network: SemanticNetwork, spec: ModelSpec) -> onnx.GraphProto:
-    """The network between normalised image and logits, with batch norms still in it.
+def _check_instances(network: InstanceNetwork, spec: ModelSpec) -> None:
+    """RequestError unless ``spec`` promises the instances that ``network`` gives."""
+    masks = network.mask_size(spec.height, spec.width)
+    promised = (spec.mask_height, spec.mask_width)
+    if spec.task != "instance" or promised != masks or spec.mask_extent != network.mask_extent:
+        raise RequestError(
+            f"{spec.architecture} at {spec.height}x{spec.width} gives instances with masks of "
+            f"{masks[0]}x{masks[1]} that span the {network.mask_extent}, and the task "
+            f"{spec.task} with masks of {promised[0]}x{promised[1]} that span the "
+            f"{spec.mask_extent} came"
+        )
+    if len(spec.classes) != network.named_classes:
+        raise RequestError(
+            f"the network tells {network.named_classes} classes and the background apart, "
+            f"and {len(spec.classes)} names came"
+        )
+
+
+def traced(
+    module: nn.Module, size: tuple[int, int], outputs: tuple[str, ...] = (f"{_OURS}logits",)
+) -> onnx.GraphProto:
+    """``module`` between normalised image, ``edgeseg.x``, and logits, with batch norms still in it.
+
+    ``outputs``: names of what the module returns.
+
+    The network proper is the module's attribute ``network``; its weights keep their names.
 
     The exporter's own optimiser would fold them into the convolutions, and the weights could no
     longer be trained further; every engine folds them when it opens the file. So only constants
     are folded here.
     """
-    example = torch.zeros(1, 3, spec.height, spec.width)
-    noisy = logging.getLogger("torch.onnx")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
+    example = torch.zeros(1, 3, *size)
+    with quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            (example,),
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            input_names=["edgeseg.x"],
+            output_names=list(outputs),
+            verbose=False,
+        )
+        assert program is not None
+        optimizer.fold_constants(program.model, input_size_limit=4096, output_size_limit=4096)
+        optimizer.remove_unused_nodes(program.model)
+    graph: onnx.GraphProto = program.model_proto.graph
+    _write_names(graph)
+    _drop_zero_biases(graph)
+    return graph
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what the exporter and the optimiser tell of themselves from the user's terminal.
+
+    What fails is raised as well. Single loggers will not do: torch sets their levels anew, and
+    prints the graphs that it gives up on.
+    """
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             # torch and onnxscript use what they themselves have deprecated.
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", FutureWarning)
-            program = torch.onnx.export(
-                _LowResolution(network).eval(),
-                (example,),
-                dynamo=True,
-                optimize=False,
-                opset_version=OPSET,
-                input_names=["edgeseg.x"],
-                output_names=["edgeseg.logits"],
-                verbose=False,
-            )
-            assert program is not None
-            optimizer.fold_constants(program.model, input_size_limit=4096, output_size_limit=4096)
-            optimizer.remove_unused_nodes(program.model)
+            yield
     finally:
-        noisy.setLevel(level)
-    graph: onnx.GraphProto = program.model_proto.graph
-    return graph
+        logging.disable(before)
 
 
 def _write_names(graph: onnx.GraphProto) -> None:
@@ -211,6 +286,62 @@ def _flip_channels(graph: onnx.GraphProto, keys: tuple[str, ...]) -> None:
         by_name[key].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(kernel[:, ::-1]), key))
 
 
+def _image_convolutions(graph: onnx.GraphProto) -> tuple[str, ...]:
+    """Kernels of the convolutions that read ``edgeseg.x``, if nothing else reads it or them."""
+    readers = [node for node in graph.node if f"{_OURS}x" in node.input]
+    kernels = tuple(node.input[1] for node in readers if node.op_type == "Conv")
+    weights = {
+        tensor.name: tensor
+        for tensor in graph.initializer
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 4 and tensor.dims[1] == 3
+    }
+    uses = [name for node in graph.node for name in node.input]
+    has_branches = any(attribute.g.node for node in graph.node for attribute in node.attribute)
+    if (
+        has_branches
+        or len(kernels) != len(readers)
+        or any(name not in weights or uses.count(name) != 1 for name in kernels)
+    ):
+        return ()
+    return kernels
+
+
+def _reorder_channels(graph: onnx.GraphProto) -> None:
+    """A Gather from BGR to RGB behind the normalisation, for a network without image kernels."""
+    (scale,) = (node for node in graph.node if list(node.output) == [f"{_OURS}x"])
+    scale.output[0] = f"{_OURS}x_bgr"
+    graph.initializer.append(
+        numpy_helper.from_array(np.array([2, 1, 0], dtype=np.int64), f"{_OURS}rgb_order")
+    )
+    gather = helper.make_node(
+        "Gather", [f"{_OURS}x_bgr", f"{_OURS}rgb_order"], [f"{_OURS}x"], "to_rgb", axis=1
+    )
+    graph.node.insert(list(graph.node).index(scale) + 1, gather)
+
+
+def _append_pair(graph: onnx.GraphProto, *, threshold: float) -> None:
+    """Two classes of a single score s: -(s - ``threshold``) / 2 and (s - ``threshold``) / 2.
+
+    Their softmax is the sigmoid of s, and the second wins where s is above the threshold.
+    """
+    name = graph.output[0].name
+    if threshold:
+        graph.initializer.append(
+            numpy_helper.from_array(np.array(threshold, np.float32), f"{_OURS}threshold")
+        )
+        graph.node.append(
+            helper.make_node("Sub", [name, f"{_OURS}threshold"], [f"{_OURS}above"], "above")
+        )
+        name = f"{_OURS}above"
+    halves = np.array([-0.5, 0.5], np.float32).reshape(1, 2, 1, 1)
+    graph.initializer.append(numpy_helper.from_array(halves, f"{_OURS}halves"))
+    graph.node.append(
+        helper.make_node("Mul", [name, f"{_OURS}halves"], [f"{_OURS}pair"], "two_classes")
+    )
+    del graph.output[:]
+    graph.output.append(helper.make_tensor_value_info(f"{_OURS}pair", TensorProto.FLOAT, None))
+
+
 def _prepend_image(graph: onnx.GraphProto, spec: ModelSpec) -> None:
     """Cast, layout and normalisation before the network; the graph's input becomes ``image``."""
     offset, factor = normalisation(spec.preprocessing)
@@ -258,6 +389,8 @@ def _store_as_half(graph: onnx.GraphProto) -> None:
     for tensor in graph.initializer:
         if tensor.name.startswith(_OURS) or len(tensor.dims) < 2:
             continue
+        if tensor.data_type != TensorProto.FLOAT:
+            continue
         array = numpy_helper.to_array(tensor)
         with np.errstate(over="ignore"):
             half = array.astype(np.float16)
@@ -283,7 +416,7 @@ def _store_as_half(graph: onnx.GraphProto) -> None:
 
 
 def _append_head(
-    graph: onnx.GraphProto, spec: ModelSpec, *, align_corners: bool
+    graph: onnx.GraphProto, spec: ModelSpec, *, align_corners: bool, opset: int = OPSET
 ) -> onnx.FunctionProto:
     """The head's node, Casts to uint8 behind it, the outputs; returns the head's function body.
 
@@ -312,10 +445,12 @@ def _append_head(
             )
         )
         graph.output.append(helper.make_tensor_value_info(name, TensorProto.UINT8, shape))
-    return head_function(confidence=spec.confidence, align_corners=align_corners)
+    return head_function(confidence=spec.confidence, align_corners=align_corners, opset=opset)
 
 
-def head_function(*, confidence: bool, align_corners: bool) -> onnx.FunctionProto:
+def head_function(
+    *, confidence: bool, align_corners: bool, opset: int = OPSET
+) -> onnx.FunctionProto:
     """``EdgeSegUpsampleArgmax`` in standard operators.
 
     ``logits`` float32 (1, classes, h, w) -> ``class_map`` int32 (1, height, width) and, on request,
@@ -359,7 +494,7 @@ def head_function(*, confidence: bool, align_corners: bool) -> onnx.FunctionProt
         ["logits"],
         outputs,
         nodes,
-        [helper.make_opsetid("", OPSET)],
+        [helper.make_opsetid("", opset)],
         attributes=["height", "width", "align_corners"],
     )
 

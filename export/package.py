@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +18,58 @@ from edgeseg.dataset import Dataset, open_dataset
 from edgeseg.draw import draw_classes
 from edgeseg.engine import cpu_engine, open_engine
 from edgeseg.errors import RequestError, WeightsError
-from edgeseg.evaluate import evaluate
-from edgeseg.export.models import DEFINITIONS, SemanticNetwork, create, definition
+from edgeseg.evaluate import evaluate, evaluate_instances, match_classes
+from edgeseg.export.foreign import (
+    adapter_named,
+    logits_of,
+    module_of_factory,
+    network_of_module,
+)
+from edgeseg.export.graphs import network_of_file
+from edgeseg.export.models import (
+    DEFINITIONS,
+    InstanceNetwork,
+    SemanticNetwork,
+    create,
+    definition,
+)
 from edgeseg.export.onnx import export_network, sha256_of
+from edgeseg.export.own import TRANSFORMERS_PREFIX, OwnNetwork, OwnOptions, is_own
 from edgeseg.export.preprocess import evaluate_network
-from edgeseg.export.verify import Verification, verify
+from edgeseg.export.torchengine import TorchEngine
+from edgeseg.export.transformers_models import logits_of_transformer, read_pretrained
+from edgeseg.export.verify import InstanceComparison, Verification, verify
 from edgeseg.export.weights import load_weights, read_weights
-from edgeseg.frame import Pixels
+from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
+from edgeseg.instance_dataset import InstanceDataset, open_instances
+from edgeseg.instances import InstanceOutputs, InstanceResult
 from edgeseg.report import Figure, Figures, Picture, Pictures, Report, Section, Table
+from edgeseg.result import AnyOutputs
 from edgeseg.spec import Fit, ModelSpec, parse_size
 
 __all__ = ["ExportRequest", "Exported", "export_bundle"]
 
+AnyDataset = Dataset | InstanceDataset
+
 #: pictures that ``verify`` looks at
 _VERIFIED = 12
 _SHOWN = 4
+#: instances that a model gives at most
+_CAPACITY = 100
+# Weaker instances are left out of the pictures.
+_SHOWN_SCORE = 0.15
 # What has an influence on the file.
-_TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "numpy")
+_TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "numpy", "transformers")
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What ``edgeseg export`` was asked for; None where a default applies."""
+    """What ``edgeseg export`` was asked for; None where a default applies.
+
+    ``model``: a name that EdgeSeg knows, or one's own: ``package.module:factory``, an ONNX file, or
+    ``hf:FOLDER``; ``own`` says what such a model cannot say of itself.
+    """
 
     model: str
     weights: str | None = None
@@ -52,6 +81,7 @@ class ExportRequest:
     half_weights: bool = False
     data: str | None = None
     split: str = "val"
+    own: OwnOptions = field(default_factory=OwnOptions)
 
 
 @dataclass(frozen=True)
@@ -77,7 +107,7 @@ def export_bundle(
     *,
     provenance: dict[str, Any] | None = None,
     extra_files: tuple[Path, ...] = (),
-    pictures: Dataset | None = None,
+    pictures: AnyDataset | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Exported:
     """Makes the bundle ``target`` of a checkpoint; it appears whole, or not at all.
@@ -93,13 +123,8 @@ def export_bundle(
     spec = _spec(request, network, architecture, name=request.name or target.resolve().name)
     if request.half_weights:
         _round_to_half(network)
-    dataset = _dataset(request)
-    if request.data is not None and dataset.classes.names != spec.classes:
-        raise RequestError(
-            f"{request.data} has the classes {', '.join(dataset.classes.names)}, and the model "
-            f"has {', '.join(spec.classes)}; leave --data out, or give --classes"
-        )
-    checkpoint = sha256_of(weights_path)
+    dataset = _dataset(request, spec)
+    checkpoint = sha256_of(weights_path) if weights_path is not None else ""
     with new_bundle(target) as folder:
         frames = _spread(dataset, _VERIFIED)
         exported = export_network(
@@ -124,7 +149,8 @@ def export_bundle(
                 "edgeseg": __version__,
                 "provenance": {
                     "architecture": architecture,
-                    "checkpoint": {"file": weights_path.name, "sha256": checkpoint},
+                    "checkpoint": weights_path
+                    and {"file": weights_path.name, "sha256": checkpoint},
                     "weights_stored_as": "fp16" if request.half_weights else "fp32",
                     "tools": tool_versions(_TOOLS),
                     **(provenance or {}),
@@ -136,8 +162,17 @@ def export_bundle(
     return Exported(target, verification, accuracy)
 
 
-def _network(request: ExportRequest) -> tuple[SemanticNetwork, str, Path]:
-    """The network with its weights, its architecture, and the file they came from."""
+def _network(
+    request: ExportRequest,
+) -> tuple[SemanticNetwork | InstanceNetwork, str, Path | None]:
+    """The network with its weights, its architecture, and the file they came from, if any."""
+    if is_own(request.model):
+        return _own_network(request)
+    if request.own != OwnOptions():
+        raise RequestError(
+            f"{request.model} has its own normalisation and outputs; mean, std, channel order, "
+            "scale, corners, adapter and output name are for models of your own"
+        )
     if request.model in SHIPPED:
         if request.weights is not None:
             raise RequestError(
@@ -165,56 +200,170 @@ def _network(request: ExportRequest) -> tuple[SemanticNetwork, str, Path]:
             f"the checkpoint {weights} holds values that are no numbers, in {len(broken)} entries "
             f"(first {broken[0]}); take one from before the training diverged"
         )
-    network = load_weights(create(architecture, int(state[key].shape[0])), state)
+    num_classes = DEFINITIONS[architecture].network.classes_in(state)
+    network = load_weights(create(architecture, num_classes), state)
+    assert isinstance(network, SemanticNetwork | InstanceNetwork)
     path = Path(weights)
     if not path.is_file():
         path = Bundle.open(path).model_path
     return network, architecture, path
 
 
+def _own_network(request: ExportRequest) -> tuple[OwnNetwork, str, Path | None]:
+    """``_network`` for a model that is not EdgeSeg's."""
+    model, options = request.model, request.own
+    is_file, is_folder = model.endswith(".onnx"), model.startswith(TRANSFORMERS_PREFIX)
+    unsuited = {
+        "--weights": request.weights is not None and (is_file or is_folder),
+        "--half-weights": request.half_weights and is_file,
+        "--adapter": options.adapter is not None and is_file,
+        "--output-name": options.output_name is not None and not is_file,
+    }
+    for option, came in unsuited.items():
+        if came:
+            what = "an ONNX file" if is_file else "a folder of transformers" if is_folder else model
+            raise RequestError(f"{option} does not go with {what}; leave it out")
+    size = parse_size(request.size) if request.size is not None else None
+    if is_file:
+        return (
+            network_of_file(
+                model,
+                size,
+                classes=request.classes,
+                preprocessing=options.preprocessing(),
+                align_corners=options.align_corners,
+                output_name=options.output_name,
+            ),
+            Path(model).stem,
+            Path(model),
+        )
+    classes, preprocessing = request.classes, options.preprocessing
+    adapter = adapter_named(options.adapter) if options.adapter is not None else None
+    if is_folder:
+        found = read_pretrained(model.removeprefix(TRANSFORMERS_PREFIX))
+        module, architecture, path = found.module, found.architecture, found.weights
+        if request.confidence and not found.gives_logits:
+            raise RequestError(
+                f"a confidence is made of logits, and {architecture} gives sums over its queries; "
+                "leave --confidence out"
+            )
+        network = network_of_module(
+            module,
+            _needed(size or found.size),
+            name=architecture,
+            classes=classes or found.classes,
+            preprocessing=preprocessing(found.preprocessing),
+            align_corners=options.align_corners,
+            adapter=adapter or logits_of_transformer,
+            half_weights=request.half_weights,
+        )
+        return network, architecture, path
+    wanted = _needed(size)
+    network = network_of_module(
+        module_of_factory(model, classes=classes, weights=request.weights),
+        wanted,
+        name=model,
+        classes=classes,
+        preprocessing=preprocessing(),
+        align_corners=options.align_corners,
+        adapter=adapter or logits_of,
+        half_weights=request.half_weights,
+    )
+    weights = None
+    if request.weights is not None:
+        weights = Path(request.weights)
+        if not weights.is_file():
+            weights = Bundle.open(weights).model_path
+    return network, model, weights
+
+
+def _needed(size: tuple[int, int] | None) -> tuple[int, int]:
+    if size is None:
+        raise RequestError("the network size is missing; give --size HxW, such as --size 512x1024")
+    return size
+
+
 def _spec(
-    request: ExportRequest, network: SemanticNetwork, architecture: str, *, name: str
+    request: ExportRequest,
+    network: SemanticNetwork | InstanceNetwork,
+    architecture: str,
+    *,
+    name: str,
 ) -> ModelSpec:
     shipped = Bundle.open(request.model).spec if request.model in SHIPPED else None
-    classes = class_list(network.num_classes)
+    classes = class_list(network.named_classes)
+    if isinstance(network, OwnNetwork):
+        preprocessing = network.preprocessing
+        if network.classes is not None:
+            classes = ClassList("own", network.classes, classes.colours, classes.ignore)
+        if request.confidence and network.tail.probabilities:
+            raise RequestError(
+                "a confidence is made of logits, and this model gives probabilities below network "
+                "size; leave --confidence out, or export what stands before its softmax or sigmoid"
+            )
+    else:
+        preprocessing = DEFINITIONS[architecture].preprocessing
     if shipped is not None:
         classes = ClassList(shipped.name, shipped.classes, shipped.colours, shipped.ignore)
     if request.classes is not None:
-        if len(request.classes) != network.num_classes:
+        if len(request.classes) != network.named_classes:
+            background = " without the background" if isinstance(network, InstanceNetwork) else ""
             raise RequestError(
-                f"the checkpoint has {network.num_classes} classes, "
+                f"the checkpoint has {network.named_classes} classes{background}, "
                 f"and {len(request.classes)} names came"
             )
         classes = ClassList("given", request.classes, classes.colours, classes.ignore)
-    if request.size is not None:
+    if isinstance(network, OwnNetwork):
+        height, width = network.size
+    elif request.size is not None:
         height, width = parse_size(request.size, multiple=network.stride)
     elif shipped is not None:
         height, width = shipped.height, shipped.width
+    elif (published := DEFINITIONS[architecture].size) is not None:
+        height, width = parse_size(published)
     else:
         raise RequestError("the network size is missing; give --size HxW, such as --size 512x1024")
+    capacity = mask_height = mask_width = 0
+    if isinstance(network, InstanceNetwork):
+        capacity = _CAPACITY
+        mask_height, mask_width = network.mask_size(height, width)
     return ModelSpec(
         name=name,
         architecture=architecture,
-        task="semantic",
+        task="instance" if isinstance(network, InstanceNetwork) else "semantic",
         height=height,
         width=width,
         classes=classes.names,
         colours=classes.colours,
         ignore=classes.ignore,
-        preprocessing=DEFINITIONS[architecture].preprocessing,
+        preprocessing=preprocessing,
         fit=request.fit,
         confidence=request.confidence,
+        capacity=capacity,
+        mask_height=mask_height,
+        mask_width=mask_width,
+        mask_extent=network.mask_extent if isinstance(network, InstanceNetwork) else "image",
     )
 
 
-def _dataset(request: ExportRequest) -> Dataset:
+def _dataset(request: ExportRequest, spec: ModelSpec) -> AnyDataset:
     """What to verify on: the user's data, or generated streets."""
-    if request.data is not None:
-        return open_dataset(request.data, request.split)
-    return open_dataset("synthetic:?frames=48", "val")
+    if request.data is None:
+        return open_dataset("synthetic:?frames=48", "val")
+    if spec.task == "instance":
+        objects = open_instances(request.data, request.split)
+        match_classes(spec.classes, objects.classes, objects.title)
+        return objects
+    dataset = open_dataset(request.data, request.split)
+    if dataset.classes.names != spec.classes:
+        raise RequestError(
+            f"{request.data} has the classes {', '.join(dataset.classes.names)}, and the model "
+            f"has {', '.join(spec.classes)}; leave --data out, or give --classes"
+        )
+    return dataset
 
 
-def _spread(dataset: Dataset, count: int) -> list[Pixels]:
+def _spread(dataset: AnyDataset, count: int) -> list[Pixels]:
     """At most ``count`` pictures, evenly over the data set, each at most once."""
     count = min(count, len(dataset))
     return [dataset.sample(index * len(dataset) // count).pixels for index in range(count)]
@@ -229,13 +378,20 @@ def _round_to_half(network: nn.Module) -> None:
 
 
 def _accuracy(
-    network: SemanticNetwork,
+    network: SemanticNetwork | InstanceNetwork,
     bundle: Bundle,
-    dataset: Dataset,
+    dataset: AnyDataset,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, object], ...]:
-    """mIoU of the graph on the best engine, and of PyTorch, on the whole split."""
+    """mIoU or AP of the graph on the best engine, and of PyTorch, on the whole split."""
     engine = open_engine(bundle, cpu_engine())
+    if isinstance(network, InstanceNetwork):
+        assert isinstance(dataset, InstanceDataset)
+        objects = evaluate_instances(engine, dataset, progress=progress)
+        engine.close()
+        eager = evaluate_instances(TorchEngine(network, bundle.spec), dataset, progress=progress)
+        return {"step": "export", **objects.to_dict()}, {"step": "PyTorch", **eager.to_dict()}
+    assert isinstance(dataset, Dataset)
     found = evaluate(engine, dataset, progress=progress)
     engine.close()
     confusion = evaluate_network(
@@ -244,7 +400,7 @@ def _accuracy(
     return (
         {"step": "export", **found.to_dict()},
         {
-            "step": "PyTorch",
+            "step": network.reference if isinstance(network, OwnNetwork) else "PyTorch",
             "data": dataset.title,
             "split": dataset.split,
             "engine": "torch",
@@ -255,12 +411,12 @@ def _accuracy(
 
 
 def _report(
-    network: SemanticNetwork,
+    network: SemanticNetwork | InstanceNetwork,
     bundle: Bundle,
     verification: Verification,
     accuracy: tuple[dict[str, object], ...],
-    dataset: Dataset,
-    shown: Dataset,
+    dataset: AnyDataset,
+    shown: AnyDataset,
 ) -> Report:
     spec = bundle.spec
     figures = [
@@ -269,37 +425,65 @@ def _report(
         Figure(f"{network.parameter_count() / 1e6:.2f} M", "parameters"),
     ]
     for entry in accuracy[:1]:
-        miou = entry["miou"]
-        share = f"{miou:.1%}" if isinstance(miou, float) else "no labels"
-        figures.insert(0, Figure(share, "mIoU", dataset.title))
+        if spec.task == "instance":
+            title = "box AP" if entry["mask_ap"] is None else "mask AP"
+            value = entry["mask_ap"] if title == "mask AP" else entry["box_ap"]
+        else:
+            title, value = "mIoU", entry["miou"]
+        share = f"{value:.1%}" if isinstance(value, float) else "no labels"
+        figures.insert(0, Figure(share, title, dataset.title))
     engine = open_engine(bundle, cpu_engine())
     pictures = []
     for pixels in _spread(shown, _SHOWN):
         geometry = Geometry.between(pixels.shape[0], pixels.shape[1], spec)
-        class_map = geometry.restore(engine.run(geometry.fit(pixels)).class_map)
-        drawn = draw_classes(pixels, class_map, names=spec.classes, colours=spec.colours)
-        pictures += [Picture(pixels), Picture(drawn)]
+        outputs = engine.run(geometry.fit(pixels))
+        pictures += [Picture(pixels), Picture(_drawn(pixels, outputs, geometry, spec))]
     engine.close()
-    rows = tuple(
-        (found.engine, found.head, str(found.pixels), str(found.differing), str(found.beyond_ties))
-        for found in verification.comparisons
-    )
     return Report(
         title=spec.name,
         subtitle=f"{spec.architecture}, {len(spec.classes)} classes",
         sections=(
             Section("", (Figures(tuple(figures)),)),
             Section(
-                "The graph against PyTorch",
-                (
-                    Table(
-                        ("engine", "head", "pixels", "differing", "not by a tie"),
-                        rows,
-                        "llrrr",
-                        caption=f"{verification.images} pictures of {verification.data}",
-                    ),
-                ),
+                f"The graph against {verification.reference}",
+                (_table(verification),),
             ),
             Section("How it looks", (Pictures(tuple(pictures)),)),
         ),
+    )
+
+
+def _drawn(pixels: Pixels, outputs: AnyOutputs, geometry: Geometry, spec: ModelSpec) -> Pixels:
+    """``pixels`` with what was found in them."""
+    if isinstance(outputs, InstanceOutputs):
+        count = int((outputs.scores >= _SHOWN_SCORE).sum())
+        best = InstanceOutputs(
+            boxes=outputs.boxes[:count],
+            scores=outputs.scores[:count],
+            labels=outputs.labels[:count],
+            masks=outputs.masks[:count],
+        )
+        return InstanceResult.from_outputs(best, Frame.of(pixels), geometry, spec).draw()
+    class_map = geometry.restore(outputs.class_map)
+    return draw_classes(pixels, class_map, names=spec.classes, colours=spec.colours)
+
+
+def _table(verification: Verification) -> Table:
+    """One row for each engine and head."""
+    rows: list[tuple[str, ...]] = []
+    columns: tuple[str, ...] = ("pixels", "differing", "not by a tie")
+    for found in verification.comparisons:
+        numbers: tuple[str, ...]
+        if isinstance(found, InstanceComparison):
+            columns = ("instances", "found", "the same", "of their mask samples differ")
+            share = found.other_samples / max(found.samples, 1)
+            numbers = (str(found.expected), str(found.found), str(found.matched), f"{share:.4%}")
+        else:
+            numbers = (str(found.pixels), str(found.differing), str(found.beyond_ties))
+        rows.append((found.engine, found.head, *numbers))
+    return Table(
+        ("engine", "head", *columns),
+        tuple(rows),
+        "ll" + "r" * len(columns),
+        caption=f"{verification.images} pictures of {verification.data}",
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from edgeseg.dataset import Dataset
 from edgeseg.export.models import SemanticNetwork, definition_of
+from edgeseg.export.own import OwnNetwork
 from edgeseg.frame import Pixels
 from edgeseg.geometry import Geometry
 from edgeseg.metrics import ConfusionMatrix
@@ -40,7 +41,11 @@ def class_map_of(
     ``network`` must be in eval mode. The frame's way in and out is the device's own.
     """
     geometry = Geometry.fitting(pixels.shape[0], pixels.shape[1], *size, fit=fit)
-    fitted = network_input(geometry.fit(pixels), definition_of(network).preprocessing)
+    if isinstance(network, OwnNetwork):
+        preprocessing = network.preprocessing
+    else:
+        preprocessing = definition_of(network).preprocessing
+    fitted = network_input(geometry.fit(pixels), preprocessing)
     return geometry.restore(network(fitted)[0].argmax(dim=0).to(torch.uint8).numpy())
 
 

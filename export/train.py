@@ -87,7 +87,12 @@ class Recipe:
             )
         if self.steps < 1:
             raise RequestError(f"a recipe has at least one step, and {self.steps} came")
-        stride = definition(self.model).network.stride
+        entry = definition(self.model)
+        if entry.task != "semantic":
+            raise RequestError(
+                f"a recipe trains networks that give a class map, and {self.model} finds objects"
+            )
+        stride = entry.network.stride
         if len(self.crop) != 2 or min(self.crop) < stride or any(n % stride for n in self.crop):
             raise RequestError(
                 f"{self.model} trains on crops of [height, width], both multiples of {stride}, "
@@ -232,7 +237,10 @@ def train(
     datasets = [open_dataset(source.uri, source.split) for source in recipe.sources]
     classes = _common_classes(datasets)
     checks = [open_dataset(uri, split) for uri, split in validate]
-    network = create(recipe.model, len(classes.names), auxiliary_heads=recipe.auxiliary_heads)
+    network = cast(
+        SemanticNetwork,
+        create(recipe.model, len(classes.names), auxiliary_heads=recipe.auxiliary_heads),
+    )
     if start is not None:
         load_weights(network, start)
     # In place. torch's stubs leave this argument of Module.to out, and the next function untyped.

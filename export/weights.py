@@ -6,15 +6,17 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from edgeseg.errors import WeightsError
-from edgeseg.export.models.semantic import SemanticNetwork
+from edgeseg.export.models.network import Network
 
 __all__ = ["load_weights", "read_weights", "save_checkpoint", "save_weights"]
+
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 #: names under which training scripts wrap the state_dict
 _WRAPPERS = ("state_dict", "model_state", "model_state_dict", "model")
@@ -79,15 +81,16 @@ def _unwrapped(content: Mapping[str, Any], what: str) -> dict[str, Tensor]:
 
 
 def load_weights(
-    model: SemanticNetwork, source: str | os.PathLike[str] | Mapping[str, Any]
-) -> SemanticNetwork:
+    model: AnyNetwork, source: str | os.PathLike[str] | Mapping[str, Any]
+) -> AnyNetwork:
     """Fills ``model`` in place from a checkpoint (see ``read_weights``) and returns it.
 
     Heads that only training uses may be absent from the checkpoint, and are passed over when the
-    model has none. Every other missing, unexpected or differently shaped key is a WeightsError
-    that names it; the model is then unchanged.
+    model has none, as are leftovers that published checkpoints are known to hold. Every other
+    missing, unexpected or differently shaped key is a WeightsError that names it; the model is then
+    unchanged.
     """
-    found = read_weights(source)
+    found = model.current_names(read_weights(source))
     wanted = model.state_dict()
     auxiliary = model.auxiliary_prefixes
 
@@ -130,7 +133,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def save_weights(model: SemanticNetwork, path: str | os.PathLike[str]) -> None:
+def save_weights(model: Network, path: str | os.PathLike[str]) -> None:
     """Writes the state_dict of ``model`` to ``path``, whole or not at all; WeightsError if not."""
     save_checkpoint(model.state_dict(), path)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from edgeseg.kernels.argmax import upsample_argmax, upsample_argmax_confidence
 from edgeseg.kernels.build import build
 from edgeseg.kernels.frames import FrameRectangle, fit_frame
+from edgeseg.kernels.levels import MaskGrid, level_bits, level_regions, level_rles
 from edgeseg.kernels.library import available, available_cores, load
 from edgeseg.kernels.masks import (
     CocoRle,
@@ -23,6 +24,7 @@ from edgeseg.kernels.rois import pyramid_roi_align
 __all__ = [
     "CocoRle",
     "FrameRectangle",
+    "MaskGrid",
     "assemble_mask_bits",
     "assemble_mask_rles",
     "assemble_masks",
@@ -31,6 +33,9 @@ __all__ = [
     "build",
     "draw_overlay",
     "fit_frame",
+    "level_bits",
+    "level_regions",
+    "level_rles",
     "load",
     "pyramid_roi_align",
     "upsample_argmax",

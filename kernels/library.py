@@ -39,6 +39,12 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "edgeseg_mask_bits": [*[_POINTER] * 3, _FLOAT, _POINTER, *[_INT] * 2],
     # prototypes, instances, fit; threshold; text, room, spans, needed; flags, threads
     "edgeseg_mask_runs": [*[_POINTER] * 3, _FLOAT, _POINTER, _LONG, *[_POINTER] * 2, *[_INT] * 2],
+    # masks, fit; regions; threads
+    "edgeseg_level_regions": [*[_POINTER] * 3, _INT],
+    # masks, fit; begins, bits; flags, threads
+    "edgeseg_level_bits": [*[_POINTER] * 4, *[_INT] * 2],
+    # masks, fit; text, room, spans, needed; flags, threads
+    "edgeseg_level_runs": [*[_POINTER] * 3, _LONG, *[_POINTER] * 2, *[_INT] * 2],
     # pyramid; boxes, image_of; rois; pooling; output; threads
     "edgeseg_pyramid_roi_align": [*[_POINTER] * 3, _INT, _POINTER, _POINTER, _INT],
     # frame, fit; image; flags, threads

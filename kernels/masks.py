@@ -13,16 +13,20 @@ from edgeseg.kernels.launchers import FLOAT32, Features, FrameFit, Instances
 from edgeseg.kernels.library import check_status, checked_size, checked_threads, load
 
 __all__ = [
+    "MAX_RLE_AREA",
     "CocoRle",
     "FrameGeometry",
     "assemble_mask_bits",
     "assemble_mask_rles",
     "assemble_masks",
+    "launched_fit",
 ]
 
 _MAX_SIDE = 1 << 20
 _MAX_PROTOTYPES = 4096
-_MAX_RLE_AREA = (1 << 32) - 1
+
+#: pixels of the largest frame that run lengths are for
+MAX_RLE_AREA = (1 << 32) - 1
 
 _NO_SHORT_CUT = 2
 
@@ -153,7 +157,7 @@ def _run_bits(
 ) -> tuple[NDArray[np.uint8], FrameFit]:
     """``assemble_mask_bits`` with the library's ``flags``, which may hold ``_NO_SHORT_CUT``."""
     features = _features(prototypes)
-    fit = _fit(geometry)
+    fit = launched_fit(geometry)
     instances = _instances(coefficients, boxes, features.channels, (fit.height, fit.width))
     bits = _checked_out(out, (instances.capacity, fit.frame_height, (fit.frame_width + 7) // 8))
     status = load().edgeseg_mask_bits(
@@ -181,8 +185,8 @@ def _run_rles(
 ) -> list[CocoRle]:
     """``assemble_mask_rles`` with the library's ``flags``; the first attempt has ``room`` bytes."""
     features = _features(prototypes)
-    fit = _fit(geometry)
-    if fit.frame_height * fit.frame_width > _MAX_RLE_AREA:
+    fit = launched_fit(geometry)
+    if fit.frame_height * fit.frame_width > MAX_RLE_AREA:
         raise RequestError(
             f"run lengths are for frames below 2^32 pixels, got {fit.frame_height} x "
             f"{fit.frame_width}; take packed bits."
@@ -263,7 +267,8 @@ def _instances(
     )  # fmt: skip
 
 
-def _fit(geometry: FrameGeometry) -> FrameFit:
+def launched_fit(geometry: FrameGeometry) -> FrameFit:
+    """``geometry`` as the library takes it; RequestError unless the frame lies in the input."""
     fit = FrameFit(*(int(getattr(geometry, name)) for name, _ in FrameFit._fields_))
     for name in ("frame_height", "frame_width", "height", "width"):
         _checked_side(name, getattr(fit, name))

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
-from edgeseg.result import Outputs
+from edgeseg.result import AnyOutputs
 from edgeseg.spec import ModelSpec
 
 __all__ = ["Engine", "Finished", "OneAtATime", "Pending", "Prepared"]
@@ -29,7 +29,7 @@ class Prepared:
 class Pending(Protocol):
     """One frame inside an engine, whose outputs are to come."""
 
-    def outputs(self) -> Outputs:
+    def outputs(self) -> AnyOutputs:
         """Waits for the outputs; they belong to the caller. To be called once.
 
         EngineError when the engine failed on this frame.
@@ -60,8 +60,8 @@ class Engine(Protocol):
     def frames_in_flight(self) -> int:
         """How many frames may be submitted whose outputs nobody has taken yet; 1 or more."""
 
-    def run(self, pixels: Pixels) -> Outputs:
-        """Masks of one network input.
+    def run(self, pixels: Pixels) -> AnyOutputs:
+        """What the model's task gives for one network input: a class map, or instances.
 
         ``pixels``: (spec.height, spec.width, 3) uint8 BGR; FrameError otherwise. The outputs
         belong to the caller.
@@ -91,9 +91,9 @@ class Engine(Protocol):
 class Finished:
     """A `Pending` of an engine that has finished when ``submit`` returns."""
 
-    value: Outputs
+    value: AnyOutputs
 
-    def outputs(self) -> Outputs:
+    def outputs(self) -> AnyOutputs:
         """The outputs, at once."""
         return self.value
 
@@ -108,7 +108,7 @@ class OneAtATime(ABC):
     frames_in_flight = 1
 
     @abstractmethod
-    def run(self, pixels: Pixels) -> Outputs:
+    def run(self, pixels: Pixels) -> AnyOutputs:
         """See ``Engine.run``."""
 
     def prepare(self, frame: Frame, geometry: Geometry) -> Prepared:

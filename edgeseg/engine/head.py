@@ -1,17 +1,34 @@
-"""The head outside the graph: upsampling and argmax in the compiled kernel."""
+"""The head outside the graph: upsampling and argmax, or the masks, in the compiled kernels."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg import kernels
-from edgeseg.errors import FrameError
+from edgeseg.errors import EngineError, FrameError
 from edgeseg.frame import Pixels
-from edgeseg.onnxfile import Head
+from edgeseg.instances import InstanceOutputs
+from edgeseg.onnxfile import Head, MaskHead, OnnxFile
+from edgeseg.result import AnyOutputs, Outputs
 from edgeseg.spec import ModelSpec
 
-__all__ = ["checked_input", "run_head", "wants_compiled_head"]
+__all__ = [
+    "AnyHead",
+    "checked_input",
+    "opened_graph",
+    "run_head",
+    "taken_instances",
+    "taken_outputs",
+    "wants_compiled_head",
+]
+
+AnyHead = Head | MaskHead
 
 
 def wants_compiled_head(asked: bool | None) -> bool:
@@ -24,6 +41,92 @@ def wants_compiled_head(asked: bool | None) -> bool:
     if asked:
         kernels.load()
     return asked
+
+
+def opened_graph(
+    model: OnnxFile, spec: ModelSpec, *, compiled_head: bool
+) -> tuple[bytes, AnyHead | None]:
+    """The graph that a library on the CPU has to run, and the head that was cut off it.
+
+    The head stays in the graph, as its function's body, where ``compiled_head`` is False, and where
+    an instance model makes its masks in the network itself.
+    """
+    if compiled_head and spec.task == "semantic":
+        return model.without_head()
+    if compiled_head and model.has_mask_head():
+        return model.without_mask_head()
+    # ONNX Runtime would run the function body as it is; both libraries get the same inlined form
+    # so that one test covers both.
+    return model.inlined(), None
+
+
+def taken_outputs(
+    found: Mapping[str, NDArray[Any]],
+    head: AnyHead | None,
+    spec: ModelSpec,
+    *,
+    threads: int,
+    network_ns: int,
+) -> AnyOutputs:
+    """What the graph gave, by name, and the work of the head on it, as the task's outputs.
+
+    The arrays of ``found`` are the library's, and nothing of them is kept. EngineError when they
+    are not what the spec promises.
+    """
+    if isinstance(head, MaskHead):
+        started_ns = time.perf_counter_ns()
+        rows = _instances(found, spec)
+        masks = kernels.assemble_masks(
+            found[head.prototypes],
+            np.ascontiguousarray(found[head.coefficients][0, : len(rows.scores)]),
+            np.ascontiguousarray(found[head.boxes][0, : len(rows.scores)]),
+            (head.network_height, head.network_width),
+            threads=threads,
+        )
+        head_ns = time.perf_counter_ns() - started_ns
+        return replace(rows, masks=masks, network_ns=network_ns, head_ns=head_ns)
+    if spec.task == "instance":
+        return taken_instances(found, spec, network_ns=network_ns)
+    if head is None:
+        planes = [np.array(found[name][0]) for name in ("class_map", "confidence") if name in found]
+        return Outputs(planes[0], planes[1] if len(planes) > 1 else None, network_ns)
+    started_ns = time.perf_counter_ns()
+    class_map, confidence = run_head(head, found[head.logits], threads)
+    return Outputs(class_map, confidence, network_ns, time.perf_counter_ns() - started_ns)
+
+
+def taken_instances(
+    found: Mapping[str, NDArray[Any]], spec: ModelSpec, *, network_ns: int = 0, fit_ns: int = 0
+) -> InstanceOutputs:
+    """The instances that a graph with its head gave, by name; the arrays are copies.
+
+    EngineError when they are not what the spec promises.
+    """
+    rows = _instances(found, spec)
+    masks = found["masks"][0, : len(rows.scores)].copy()
+    return replace(rows, masks=masks, network_ns=network_ns, fit_ns=fit_ns)
+
+
+def _instances(found: Mapping[str, NDArray[Any]], spec: ModelSpec) -> InstanceOutputs:
+    """The first ``count`` rows, masks left out."""
+    count = int(found["count"][0])
+    if not 0 <= count <= spec.capacity:
+        raise EngineError(
+            f"{spec.name} promises at most {spec.capacity} instances, and the graph gave {count}; "
+            "export the model again"
+        )
+    labels = found["labels"][0, :count].astype(np.int32)
+    if count and not (labels.min() >= 0 and labels.max() < len(spec.classes)):
+        raise EngineError(
+            f"{spec.name} has {len(spec.classes)} classes, and the graph gave labels from "
+            f"{labels.min()} to {labels.max()}; export the model again"
+        )
+    return InstanceOutputs(
+        boxes=np.array(found["boxes"][0, :count], np.float32),
+        scores=np.array(found["scores"][0, :count], np.float32),
+        labels=labels,
+        masks=np.empty((count, spec.mask_height, spec.mask_width), np.uint8),
+    )
 
 
 def run_head(

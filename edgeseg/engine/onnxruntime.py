@@ -11,12 +11,24 @@ import onnxruntime
 from edgeseg import kernels
 from edgeseg.bundle import Bundle
 from edgeseg.engine.base import OneAtATime
-from edgeseg.engine.head import checked_input, run_head, wants_compiled_head
+from edgeseg.engine.head import (
+    checked_input,
+    opened_graph,
+    taken_instances,
+    taken_outputs,
+    wants_compiled_head,
+)
 from edgeseg.errors import EngineError
 from edgeseg.frame import Pixels
-from edgeseg.golden import AGREEMENT, Golden, golden_image
-from edgeseg.onnxfile import Head
-from edgeseg.result import Outputs
+from edgeseg.golden import (
+    AGREEMENT,
+    INSTANCE_AGREEMENT,
+    AnyGolden,
+    Golden,
+    InstanceGolden,
+    golden_image,
+)
+from edgeseg.result import AnyOutputs
 from edgeseg.spec import ModelSpec
 
 __all__ = ["OnnxRuntimeEngine", "open_engine", "recorded_golden"]
@@ -24,6 +36,8 @@ __all__ = ["OnnxRuntimeEngine", "open_engine", "recorded_golden"]
 _ERRORS_ONLY = 3
 # Golden pictures that are tried before one is chosen.
 _GOLDEN_SEEDS = 8
+# And as long as nothing is found in any of them, up to this many.
+_GOLDEN_SEEDS_AT_MOST = 64
 
 
 class OnnxRuntimeEngine(OneAtATime):
@@ -33,13 +47,7 @@ class OnnxRuntimeEngine(OneAtATime):
 
     def __init__(self, bundle: Bundle, *, threads: int, compiled_head: bool) -> None:
         self._spec = bundle.spec
-        self._head: Head | None = None
-        # The runtime would run the function body as it is; both engines get the same inlined form
-        # so that one test covers both.
-        if compiled_head:
-            content, self._head = bundle.model.without_head()
-        else:
-            content = bundle.model.inlined()
+        content, self._head = opened_graph(bundle.model, bundle.spec, compiled_head=compiled_head)
         self._threads = threads or kernels.available_cores()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
@@ -68,17 +76,19 @@ class OnnxRuntimeEngine(OneAtATime):
         head = "compiled" if self._head is not None else "in the graph"
         return f"ONNX Runtime {onnxruntime.__version__}, CPU, {self._threads} threads, head {head}"
 
-    def run(self, pixels: Pixels) -> Outputs:
+    def run(self, pixels: Pixels) -> AnyOutputs:
         """See ``Engine.run``."""
         image = checked_input(pixels, self._spec)
         start = time.perf_counter_ns()
         values = self._session.run(self._names, {self._input: image})
         after = time.perf_counter_ns()
-        if self._head is None:
-            planes = [np.asarray(value)[0] for value in values]
-            return Outputs(planes[0], planes[1] if len(planes) > 1 else None, after - start)
-        class_map, confidence = run_head(self._head, np.asarray(values[0]), self._threads)
-        return Outputs(class_map, confidence, after - start, time.perf_counter_ns() - after)
+        return taken_outputs(
+            dict(zip(self._names, values, strict=True)),
+            self._head,
+            self._spec,
+            threads=self._threads,
+            network_ns=after - start,
+        )
 
     def close(self) -> None:
         """Lets the session go."""
@@ -92,17 +102,24 @@ def open_engine(bundle: Bundle, *, threads: int, compiled_head: bool | None) -> 
     )
 
 
-def recorded_golden(content: bytes, spec: ModelSpec, promised: float = AGREEMENT) -> Golden:
-    """The golden pair for a new model: of a few pictures, the one on which it names most classes.
+def recorded_golden(content: bytes, spec: ModelSpec, promised: float | None = None) -> AnyGolden:
+    """The golden pair for a new model: of a few pictures, the one that says most.
 
-    ``content``: the ONNX file, whole; its metadata are not looked at. ``promised``: share of the
-    samples that every engine has to agree with.
+    For a semantic model the one in which it names most classes, for an instance model the one in
+    which it finds most, and most kinds; where it finds nothing in any, the pair proves nothing
+    (``is_proof``). ``content``: the ONNX file, whole; its metadata are not looked at.
+    ``promised``: share of the samples, or detections, that every engine has to agree with; None
+    for the task's usual one.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     session: Any = onnxruntime.InferenceSession(
         content, options, providers=["CPUExecutionProvider"]
     )
+    if spec.task == "instance":
+        return _recorded_instances(
+            session, spec, INSTANCE_AGREEMENT if promised is None else promised
+        )
     best: tuple[float, Golden] | None = None
     for seed in range(_GOLDEN_SEEDS):
         image = golden_image(seed, spec.height, spec.width)[None]
@@ -110,6 +127,28 @@ def recorded_golden(content: bytes, spec: ModelSpec, promised: float = AGREEMENT
         shares = np.bincount(class_map.ravel()) / class_map.size
         entropy = -float(np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
         if best is None or entropy > best[0]:
-            best = entropy, Golden.of(seed, class_map, promised)
+            golden = Golden.of(seed, class_map, AGREEMENT if promised is None else promised)
+            best = entropy, golden
     assert best is not None
     return best[1]
+
+
+def _told(golden: InstanceGolden) -> int:
+    """How much a pair says: many detections, and of several classes, since a network with swapped
+    channels may well find the same things in another class's place."""
+    return len(golden.detections) * len({found.label for found in golden.detections})
+
+
+def _recorded_instances(session: Any, spec: ModelSpec, promised: float) -> InstanceGolden:
+    names = [output.name for output in session.get_outputs()]
+    best: InstanceGolden | None = None
+    for seed in range(_GOLDEN_SEEDS_AT_MOST):
+        if seed >= _GOLDEN_SEEDS and best is not None and best.is_proof:
+            break
+        image = golden_image(seed, spec.height, spec.width)[None]
+        found = dict(zip(names, session.run(names, {"image": image}), strict=True))
+        golden = InstanceGolden.of(seed, taken_instances(found, spec), promised)
+        if best is None or _told(golden) > _told(best):
+            best = golden
+    assert best is not None
+    return best

@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import numpy as np
 import openvino
 
 from edgeseg.bundle import Bundle
 from edgeseg.engine.base import OneAtATime
-from edgeseg.engine.head import checked_input, run_head, wants_compiled_head
+from edgeseg.engine.head import (
+    checked_input,
+    opened_graph,
+    taken_outputs,
+    wants_compiled_head,
+)
 from edgeseg.errors import EngineError
 from edgeseg.frame import Pixels
-from edgeseg.onnxfile import Head
-from edgeseg.result import Outputs
+from edgeseg.result import AnyOutputs
 from edgeseg.spec import ModelSpec
 
 __all__ = ["OpenVinoEngine", "open_engine"]
@@ -31,11 +34,7 @@ class OpenVinoEngine(OneAtATime):
 
     def __init__(self, bundle: Bundle, *, threads: int, compiled_head: bool) -> None:
         self._spec = bundle.spec
-        self._head: Head | None = None
-        if compiled_head:
-            content, self._head = bundle.model.without_head()
-        else:
-            content = bundle.model.inlined()
+        content, self._head = opened_graph(bundle.model, bundle.spec, compiled_head=compiled_head)
         options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32",
@@ -53,7 +52,12 @@ class OpenVinoEngine(OneAtATime):
             ) from error
         self._request: Any = compiled.create_infer_request()
         self._threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
-        self._outputs = [self._request.get_output_tensor(i) for i in range(len(compiled.outputs))]
+        # A tensor may have several names, the graph's among them.
+        self._outputs = {
+            name: self._request.get_output_tensor(index)
+            for index, output in enumerate(compiled.outputs)
+            for name in output.get_names()
+        }
 
     @property
     def spec(self) -> ModelSpec:
@@ -67,7 +71,7 @@ class OpenVinoEngine(OneAtATime):
         head = "compiled" if self._head is not None else "in the graph"
         return f"OpenVINO {version}, CPU, {self._threads} threads, head {head}"
 
-    def run(self, pixels: Pixels) -> Outputs:
+    def run(self, pixels: Pixels) -> AnyOutputs:
         """See ``Engine.run``."""
         image = checked_input(pixels, self._spec)
         if not image.flags.writeable:
@@ -78,16 +82,18 @@ class OpenVinoEngine(OneAtATime):
         self._request.set_input_tensor(openvino.Tensor(image, shared_memory=True))
         self._request.infer()
         after = time.perf_counter_ns()
-        if self._head is None:
-            # The request's own buffers are overwritten by the next frame: give copies.
-            planes = [np.array(tensor.data[0]) for tensor in self._outputs]
-            return Outputs(planes[0], planes[1] if len(planes) > 1 else None, after - start)
-        class_map, confidence = run_head(self._head, self._outputs[0].data, self._threads)
-        return Outputs(class_map, confidence, after - start, time.perf_counter_ns() - after)
+        # The request's own buffers are overwritten by the next frame: what is given is copied.
+        return taken_outputs(
+            {name: tensor.data for name, tensor in self._outputs.items()},
+            self._head,
+            self._spec,
+            threads=self._threads,
+            network_ns=after - start,
+        )
 
     def close(self) -> None:
         """Lets the compiled model go."""
-        self._outputs = []
+        self._outputs = {}
         self._request = None
 
 

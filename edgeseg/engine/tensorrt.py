@@ -32,7 +32,7 @@ from edgeseg.engine.base import Pending, Prepared
 from edgeseg.engine.build import BuildOptions, NoPlan, build_plan, find_plan, load_plugins
 from edgeseg.engine.cuda import Cuda, Graph, Stream, open_cuda
 from edgeseg.engine.device_frame import DeviceFrame, DevicePixels
-from edgeseg.engine.head import checked_input
+from edgeseg.engine.head import checked_input, taken_instances
 from edgeseg.engine.log import listening, tidy
 from edgeseg.engine.slot import Slot, SlotOutput, Tensor
 from edgeseg.errors import EngineError, FrameError, RequestError
@@ -41,7 +41,7 @@ from edgeseg.geometry import Geometry
 from edgeseg.kernels import launchers
 from edgeseg.kernels.build import find_cuda_library, find_plugin_library
 from edgeseg.progress import progress
-from edgeseg.result import Outputs
+from edgeseg.result import AnyOutputs, Outputs
 from edgeseg.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class TensorRtEngine:
         parts = (f"TensorRT {trt.__version__}", self._cuda.device.name, *self._built, fit, graph)
         return ", ".join(parts)
 
-    def run(self, pixels: Pixels) -> Outputs:
+    def run(self, pixels: Pixels) -> AnyOutputs:
         """See ``Engine.run``."""
         return self.submit(Prepared(pixels)).outputs()
 
@@ -380,7 +380,7 @@ class TensorRtEngine:
                 "`edgeseg kernels build --cuda` makes it for this GPU"
             )
 
-    def _collect(self, slot: Slot) -> Outputs:
+    def _collect(self, slot: Slot) -> AnyOutputs:
         if self._closed:
             raise RequestError(
                 "the engine was closed while the frame was inside; its masks are lost"
@@ -396,13 +396,16 @@ class TensorRtEngine:
         finally:
             self._give_back(slot)
         spec = self._spec
+        network_ns = round(network_ms * 1e6)
+        if spec.task == "instance":
+            return taken_instances(found, spec, network_ns=network_ns, fit_ns=fit_ns)
         planes = {}
         for name in ("class_map", "confidence") if spec.confidence else ("class_map",):
             planes[name] = found[name].reshape(spec.height, spec.width)
         return Outputs(
             planes["class_map"],
             planes.get("confidence"),
-            network_ns=round(network_ms * 1e6),
+            network_ns=network_ns,
             fit_ns=fit_ns,
         )
 
@@ -678,14 +681,15 @@ class _Network:
                 )
             shape = _sizes(context.get_tensor_shape(name))
             outputs[name] = Tensor(name, element, None if -1 in shape else shape)
-        wanted = (1, spec.height, spec.width)
-        for name in ("class_map", *(["confidence"] if spec.confidence else [])):
-            found = outputs.get(name)
-            if found is None or found.element != np.uint8 or found.shape != wanted:
+        for wanted in _promised(spec):
+            found = outputs.get(wanted.name)
+            if found != wanted:
                 given = "no"
                 if found is not None:
                     given = f"{found.element} {found.shape or 'of no fixed size'} as"
-                raise loaded.other_contract(f"gives {given} {name}", f"uint8 {wanted} is promised")
+                raise loaded.other_contract(
+                    f"gives {given} {wanted.name}", f"{wanted.element} {wanted.shape} is promised"
+                )
         return tuple(outputs.values())
 
 
@@ -696,7 +700,7 @@ class _InFlight:
         self._engine = engine
         self._slot: Slot | None = slot
 
-    def outputs(self) -> Outputs:
+    def outputs(self) -> AnyOutputs:
         """See ``Pending.outputs``."""
         slot, self._slot = self._slot, None
         if slot is None:
@@ -891,6 +895,21 @@ def _element_type(dtype: trt.DataType) -> np.dtype[Any] | None:
         trt.DataType.BOOL: np.bool_,
     }
     return np.dtype(kinds[dtype]) if dtype in kinds else None
+
+
+def _promised(spec: ModelSpec) -> tuple[Tensor, ...]:
+    """The outputs that a graph of ``spec`` has."""
+    if spec.task == "instance":
+        rows = (1, spec.capacity)
+        return (
+            Tensor("boxes", np.dtype(np.float32), (*rows, 4)),
+            Tensor("scores", np.dtype(np.float32), rows),
+            Tensor("labels", np.dtype(np.int32), rows),
+            Tensor("count", np.dtype(np.int32), (1,)),
+            Tensor("masks", np.dtype(np.uint8), (*rows, spec.mask_height, spec.mask_width)),
+        )
+    names = ("class_map", *(["confidence"] if spec.confidence else []))
+    return tuple(Tensor(name, np.dtype(np.uint8), (1, spec.height, spec.width)) for name in names)
 
 
 def _sizes(dims: trt.Dims) -> tuple[int, ...]:

@@ -111,7 +111,7 @@ class FCHarDNet(SemanticNetwork):
     image_convolutions: ClassVar[tuple[str, ...]] = ("base.0.conv.weight",)
     classifier: ClassVar[str] = "finalConv.weight"
     smallest: ClassVar[int] = 64
-    align_corners: ClassVar[bool] = True
+    align_corners: bool = True
 
     def __init__(self, widths: Widths, num_classes: int) -> None:
         super().__init__()

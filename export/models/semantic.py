@@ -7,10 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from edgeseg.export.models.network import Network
+
 __all__ = ["SemanticNetwork"]
 
 
-class SemanticNetwork(nn.Module):
+class SemanticNetwork(Network):
     """A network that maps a normalised image to one logit per class and pixel.
 
     In eval mode ``forward`` returns logits (N, classes, H, W) float32. In training mode, when the
@@ -18,28 +20,14 @@ class SemanticNetwork(nn.Module):
     input size.
     """
 
-    #: height and width of an input must be multiples of this
     stride: ClassVar[int] = 32
-    #: height and width of an input must be this at least
     smallest: ClassVar[int] = 32
-    #: state_dict prefixes of heads that only training uses
-    auxiliary_prefixes: ClassVar[tuple[str, ...]] = ()
-    #: state_dict keys of the convolutions that read the image; export folds the channel order there
-    image_convolutions: ClassVar[tuple[str, ...]] = ()
-    #: state_dict key of the classifier; its first axis has one entry per class
-    classifier: ClassVar[str]
     #: convention of the last upsampling
-    align_corners: ClassVar[bool] = False
-
-    num_classes: int
+    align_corners: bool = False
 
     @abstractmethod
     def low_resolution_logits(self, x: Tensor) -> Tensor:
         """Logits before the last upsampling: (N, 3, H, W) -> (N, classes, H / f, W / f)."""
-
-    def parameter_count(self) -> int:
-        """Number of trainable scalars, auxiliary heads included."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
 
 def initialise(network: nn.Module) -> None:

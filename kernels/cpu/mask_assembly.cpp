@@ -1,6 +1,7 @@
 // EdgeSegMaskAssembly on the CPU: masks at the size of the prototypes, packed bits at frame size,
-// or COCO's run lengths. The loops, in mask_assembly_loops.h, are compiled once per instruction
-// set, so one portable binary uses AVX2 or AVX-512 where they are.
+// or COCO's run lengths; and the way of finished masks (levels 0 to 255) to frame size. The loops,
+// in mask_assembly_loops.h, are compiled once per instruction set, so one portable binary uses AVX2
+// or AVX-512 where they are.
 
 #include "edgeseg/mask_assembly.h"
 
@@ -11,6 +12,7 @@
 #include <atomic>
 #include <limits>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -61,27 +63,29 @@ struct Planes {
 // the lowest bit of its mask.
 struct Axis {
   FrameAxis axis = {};
+  int32_t first = 0;           // positions before it are in no cell
   std::vector<int32_t> begin;  // FrameAxis::begin of each cell, and the end
   std::vector<int32_t> cell;
   std::vector<float> near_weight;
   std::vector<float> far_weight;
 
-  void fit(const FrameAxis& wanted, bool reversed) {
+  void fit(const FrameAxis& wanted, int32_t wanted_first, bool reversed) {
     if (axis.samples == wanted.samples && axis.positions == wanted.positions &&
         axis.step == wanted.step && axis.offset == wanted.offset &&
-        axis.denominator == wanted.denominator) {
+        axis.denominator == wanted.denominator && first == wanted_first) {
       return;
     }
     axis.samples = 0;  // a failed allocation below must not leave tables that look right
+    first = wanted_first;
     const int64_t padded = round_up(wanted.positions, kMaxLanes);
     begin.resize(static_cast<size_t>(wanted.samples) + 1);
     // Beyond the last pixel both weights are 0, and so is the value.
     cell.assign(padded, 0);
     near_weight.assign(padded, 0.0f);
     far_weight.assign(padded, 0.0f);
-    begin[0] = 0;
+    begin[0] = first;
     for (int32_t c = 0; c < wanted.samples; ++c) {
-      begin[c + 1] = wanted.begin(c + 1);
+      begin[c + 1] = std::max(first, wanted.begin(c + 1));
       for (int32_t position = begin[c]; position < begin[c + 1]; ++position) {
         const int32_t at = reversed ? position ^ 7 : position;
         cell[at] = c;
@@ -90,6 +94,11 @@ struct Axis {
       }
     }
     axis = wanted;
+  }
+
+  // The positions whose interpolation sees a sample of `span`, which is not empty.
+  Span positions_of(Span span) const {
+    return {begin[std::max(span.begin - 1, 0)], begin[span.end]};
   }
 };
 
@@ -151,6 +160,25 @@ struct Patch {
     above = work->above.data();
     below = work->below.data();
   }
+
+  // Writes the border around the crop of a map of height x width samples.
+  void close(int32_t height, int32_t width) const {
+    const bool at_right_end = crop.x.end == width;
+    for (int32_t r = 1; r <= rows; ++r) {
+      float* own = row(r);
+      own[0] = own[1] = 0.0f;
+      float* border = own + 2 + columns;
+      border[0] = at_right_end ? border[-1] : 0.0f;
+      for (float* rest = border + 1; rest < own + pitch; ++rest) *rest = 0.0f;
+    }
+    memset(row(0), 0, sizeof(float) * pitch);
+    float* last = row(rows + 1);
+    if (crop.y.end == height) {
+      memcpy(last, row(rows), sizeof(float) * pitch);
+    } else {
+      memset(last, 0, sizeof(float) * pitch);
+    }
+  }
 };
 
 struct Job {
@@ -165,13 +193,14 @@ struct Job {
   bool short_cut;
 };
 
-// Some rows of packed bits, of the bytes from first_byte to end_byte of a frame's row.
+// Rows of packed bits from first_row on, of the bytes from first_byte to end_byte of a frame's row.
 struct BitRows {
   uint8_t* data;
   int64_t pitch;
   int64_t first_byte, end_byte;
+  int32_t first_row;
 
-  uint8_t* row(int32_t r) const { return data + r * pitch; }
+  uint8_t* row(int32_t r) const { return data + (r - first_row) * pitch; }
 };
 
 void set_bits(uint8_t* row, int64_t begin, int64_t end) {
@@ -349,12 +378,16 @@ bool is_good(const edgeseg::Features* prototypes, const Instances* instances, in
          (flags & ~kKnownFlags) == 0;
 }
 
-bool is_good(const edgeseg::FrameFit* fit, const Instances& instances, float threshold) {
+bool is_good(const edgeseg::FrameFit* fit) {
   return fit != nullptr && is_side(fit->frame_height) && is_side(fit->frame_width) &&
-         fit->height == instances.network_height && fit->width == instances.network_width &&
-         fit->top >= 0 && fit->left >= 0 && fit->inner_height >= 1 && fit->inner_width >= 1 &&
-         fit->inner_height <= fit->height - fit->top &&
-         fit->inner_width <= fit->width - fit->left && edgeseg::is_threshold(threshold);
+         is_side(fit->height) && is_side(fit->width) && fit->top >= 0 && fit->left >= 0 &&
+         fit->inner_height >= 1 && fit->inner_width >= 1 &&
+         fit->inner_height <= fit->height - fit->top && fit->inner_width <= fit->width - fit->left;
+}
+
+bool is_good(const edgeseg::FrameFit* fit, const Instances& instances, float threshold) {
+  return is_good(fit) && fit->height == instances.network_height &&
+         fit->width == instances.network_width && edgeseg::is_threshold(threshold);
 }
 
 int32_t count_of(const Instances& instances) {
@@ -442,10 +475,10 @@ int32_t for_instances(const edgeseg::Features& prototypes, const Instances& inst
     if (fit != nullptr) {
       x_axis.fit(edgeseg::frame_axis(prototypes.width, fit->width, fit->left, fit->inner_width,
                                      fit->frame_width),
-                 true);
+                 0, true);
       y_axis.fit(edgeseg::frame_axis(prototypes.height, fit->height, fit->top, fit->inner_height,
                                      fit->frame_height),
-                 false);
+                 0, false);
     }
   } catch (const std::bad_alloc&) {
     return kOutOfMemory;
@@ -465,6 +498,165 @@ int32_t for_instances(const edgeseg::Features& prototypes, const Instances& inst
   job.short_cut = (flags & edgeseg::kNoShortCut) == 0;
   return edgeseg::for_chunks([&](int32_t k) { return mask(job, loops, k); }, instances.capacity,
                              threads);
+}
+
+// Finished masks: levels 0 to 255 at samples that span the network's input (`boxes`), or that, in a
+// border of one empty sample, span a rectangle of the frame each (`pastes`); one of the two is
+// null.
+struct LevelMasks {
+  const uint8_t* levels;  // (capacity, height, width)
+  const float* boxes;     // (capacity, 4) xyxy in network pixels: samples outside count as 0
+  const int32_t* pastes;  // (capacity, 4) first column and row, last column and row
+  int32_t capacity, height, width;
+};
+
+// A level is "on" where the probability is above a half.
+constexpr float kHalfLevel = 127.5f;
+
+// Far outside of any frame, and small enough for every product in FrameAxis.
+constexpr int32_t kFarthest = 1 << 24;
+
+bool is_good(const LevelMasks* masks, const edgeseg::FrameFit* fit) {
+  if (masks == nullptr || !is_good(fit) || masks->capacity < 0 || !is_side(masks->height) ||
+      !is_side(masks->width)) {
+    return false;
+  }
+  if (masks->capacity == 0) return true;
+  if (masks->levels == nullptr || (masks->boxes == nullptr) == (masks->pastes == nullptr)) {
+    return false;
+  }
+  if (masks->pastes != nullptr) {
+    for (int64_t i = 0; i < int64_t{4} * masks->capacity; ++i) {
+      if (masks->pastes[i] < -kFarthest || masks->pastes[i] > kFarthest) return false;
+    }
+  }
+  return true;
+}
+
+// Pixels `first` to `last` of an axis of `frame` are `samples` samples with an empty one at either
+// end. Beyond `last` there is nothing to see, so that positions end there.
+FrameAxis paste_axis(int32_t samples, int32_t first, int32_t last, int32_t frame) {
+  const int64_t size = int64_t{last} - first + 1;
+  const int64_t all = int64_t{samples} + 2;
+  // (position - first + 1/2) * all / size - 1/2.
+  const int64_t denominator = 2 * size;
+  const int64_t step = 2 * all;
+  const int64_t offset = all - size - 2 * all * first;
+  const int64_t common = std::gcd(std::gcd(step, denominator), offset);
+  return {samples + 2, std::clamp(last + 1, 0, frame), step / common, offset / common,
+          denominator / common};
+}
+
+// One mask: its samples among the job's, and the pixels that it can reach.
+struct Placed {
+  Crop crop;
+  Span rows, columns;
+
+  bool is_empty() const { return rows.is_empty() || columns.is_empty(); }
+};
+
+// The masks of a call, placed one by one.
+struct LevelJob {
+  const LevelMasks& masks;
+  const edgeseg::FrameFit& fit;
+  Job job;
+
+  LevelJob(const LevelMasks& its_masks, const edgeseg::FrameFit& its_fit, int32_t flags,
+           Axis* x_axis, Axis* y_axis)
+      : masks(its_masks), fit(its_fit), job() {
+    job.limits = edgeseg::limits_of(kHalfLevel);
+    job.threshold = kHalfLevel;
+    job.short_cut = (flags & edgeseg::kNoShortCut) == 0;
+    job.height = masks.height;
+    job.width = masks.width;
+    if (masks.boxes == nullptr) {
+      job.height += 2;
+      job.width += 2;
+      return;
+    }
+    x_axis->fit(
+        edgeseg::frame_axis(masks.width, fit.width, fit.left, fit.inner_width, fit.frame_width), 0,
+        true);
+    y_axis->fit(
+        edgeseg::frame_axis(masks.height, fit.height, fit.top, fit.inner_height, fit.frame_height),
+        0, false);
+    job.x_axis = x_axis;
+    job.y_axis = y_axis;
+  }
+
+  // Places mask k; where it has axes of its own, they are made in x_axis and y_axis.
+  Placed place(int32_t k, Axis* x_axis, Axis* y_axis, Job* own) const {
+    *own = job;
+    Placed placed = {};
+    if (masks.boxes != nullptr) {
+      placed.crop = edgeseg::crop_of(masks.boxes + int64_t{4} * k, masks.height, masks.width,
+                                     fit.height, fit.width);
+    } else {
+      const int32_t* paste = masks.pastes + int64_t{4} * k;
+      const bool is_seen = paste[0] <= paste[2] && paste[1] <= paste[3] && paste[2] >= 0 &&
+                           paste[3] >= 0 && paste[0] < fit.frame_width &&
+                           paste[1] < fit.frame_height;
+      if (!is_seen) return placed;
+      placed.crop = {{1, masks.height + 1}, {1, masks.width + 1}};
+      x_axis->fit(paste_axis(masks.width, paste[0], paste[2], fit.frame_width),
+                  std::max(paste[0], 0), true);
+      y_axis->fit(paste_axis(masks.height, paste[1], paste[3], fit.frame_height),
+                  std::max(paste[1], 0), false);
+      own->x_axis = x_axis;
+      own->y_axis = y_axis;
+    }
+    if (placed.crop.is_empty()) return placed;
+    placed.rows = own->y_axis->positions_of(placed.crop.y);
+    placed.columns = own->x_axis->positions_of(placed.crop.x);
+    return placed;
+  }
+
+  // The samples of mask k as a patch.
+  void fill(int32_t k, Patch* patch) const {
+    const int32_t border = masks.boxes == nullptr ? 1 : 0;
+    const uint8_t* mask = masks.levels + int64_t{k} * masks.height * masks.width;
+    for (int32_t r = 0; r < patch->rows; ++r) {
+      const uint8_t* from = mask + int64_t{patch->crop.y.begin + r - border} * masks.width +
+                            (patch->crop.x.begin - border);
+      float* to = patch->row(1 + r) + 2;
+      for (int32_t i = 0; i < patch->columns; ++i) to[i] = from[i];
+    }
+    patch->close(job.height, job.width);
+  }
+};
+
+// The bytes of a frame's row that a mask can reach, in whole vectors.
+struct ByteSpan {
+  int32_t begin, end;
+};
+
+ByteSpan bytes_of(Span columns, int32_t frame_width) {
+  const int64_t end = round_up(columns.end, kMaxLanes) / 8;
+  return {columns.begin / kMaxLanes * (kMaxLanes / 8),
+          static_cast<int32_t>(std::min<int64_t>(end, (int64_t{frame_width} + 7) / 8))};
+}
+
+// Runs `mask(level_job, job, loops, k, placed)` for every mask.
+template <class Mask>
+int32_t for_levels(const LevelMasks& masks, const edgeseg::FrameFit& fit, int32_t flags,
+                   int32_t threads, const Mask& mask) {
+  thread_local Axis x_axis;
+  thread_local Axis y_axis;
+  try {
+    const LevelJob levels(masks, fit, flags, &x_axis, &y_axis);
+    const Loops& loops = choose_loops(flags);
+    return edgeseg::for_chunks(
+        [&](int32_t k) {
+          thread_local Axis own_x;
+          thread_local Axis own_y;
+          Job job;
+          const Placed placed = levels.place(k, &own_x, &own_y, &job);
+          return mask(levels, job, loops, k, placed);
+        },
+        masks.capacity, threads);
+  } catch (const std::bad_alloc&) {
+    return kOutOfMemory;
+  }
 }
 
 }  // namespace
@@ -524,8 +716,8 @@ EDGESEG_EXPORT int32_t edgeseg_mask_bits(const edgeseg::Features* prototypes,
       [&](const Job& job, const Loops& loops, int32_t k) {
         uint8_t* mask = bits + k * fit->frame_height * pitch;
         const Crop crop = job.crops[k];
-        const Span rows = crop.is_empty() ? Span{0, 0} : job.y_axis->axis.positions_of(crop.y);
-        const Span columns = crop.is_empty() ? Span{0, 0} : job.x_axis->axis.positions_of(crop.x);
+        const Span rows = crop.is_empty() ? Span{0, 0} : job.y_axis->positions_of(crop.y);
+        const Span columns = crop.is_empty() ? Span{0, 0} : job.x_axis->positions_of(crop.x);
         memset(mask, 0, fit->frame_height * pitch);
         if (rows.is_empty() || columns.is_empty()) return kOk;
         Workspace* work = workspace();
@@ -535,7 +727,7 @@ EDGESEG_EXPORT int32_t edgeseg_mask_bits(const edgeseg::Features* prototypes,
         // The bytes that the mask can reach, in whole vectors.
         const int64_t first = columns.begin / kMaxLanes * (kMaxLanes / 8);
         const int64_t end = std::min<int64_t>(round_up(columns.end, kMaxLanes) / 8, pitch);
-        loops.draw_bits(job, patch, {mask + first, pitch, first, end}, work);
+        loops.draw_bits(job, patch, {mask + first, pitch, first, end, 0}, work);
         return kOk;
       });
 }
@@ -563,8 +755,8 @@ EDGESEG_EXPORT int32_t edgeseg_mask_runs(const edgeseg::Features* prototypes,
         Workspace* work = workspace();
         work->turns.clear();
         const Crop crop = job.crops[k];
-        const Span rows = crop.is_empty() ? Span{0, 0} : job.y_axis->axis.positions_of(crop.y);
-        const Span columns = crop.is_empty() ? Span{0, 0} : job.x_axis->axis.positions_of(crop.x);
+        const Span rows = crop.is_empty() ? Span{0, 0} : job.y_axis->positions_of(crop.y);
+        const Span columns = crop.is_empty() ? Span{0, 0} : job.x_axis->positions_of(crop.x);
         if (!rows.is_empty() && !columns.is_empty()) {
           Patch patch;
           patch.place(crop, work);
@@ -579,6 +771,98 @@ EDGESEG_EXPORT int32_t edgeseg_mask_runs(const edgeseg::Features* prototypes,
         spans[2 * k + 1] = begin + size;
         return kOk;
       });
+  *needed = used.load();
+  return status;
+}
+
+// Finished masks at frame size: each pixel whose centre, interpolated bilinearly among the levels,
+// is above 127.5. First the parts of the frame that the masks can reach.
+//   regions  (capacity, 4) int32, written: first row, end of rows, first byte, end of bytes of a
+//   row
+//            of packed bits; zeros for a mask that reaches no pixel
+// Returns as above.
+EDGESEG_EXPORT int32_t edgeseg_level_regions(const LevelMasks* masks, const edgeseg::FrameFit* fit,
+                                             int32_t* regions, int32_t threads) {
+  if (!is_good(masks, fit) || (regions == nullptr && masks->capacity > 0) || threads < 1) {
+    return kBadArgument;
+  }
+  return for_levels(
+      *masks, *fit, 0, threads,
+      [&](const LevelJob&, const Job&, const Loops&, int32_t k, const Placed& placed) {
+        int32_t* region = regions + int64_t{4} * k;
+        memset(region, 0, 4 * sizeof *region);
+        if (placed.is_empty()) return kOk;
+        const ByteSpan bytes = bytes_of(placed.columns, fit->frame_width);
+        region[0] = placed.rows.begin;
+        region[1] = placed.rows.end;
+        region[2] = bytes.begin;
+        region[3] = bytes.end;
+        return kOk;
+      });
+}
+
+// Then their bits.
+//   begins  (capacity) int64: where in `bits` the region of each mask begins
+//   bits    written: each region's rows, one after the other; the first pixel of a byte is its
+//           highest bit
+//   flags   kNoShortCut | kPortableCode | kAvx2Code
+EDGESEG_EXPORT int32_t edgeseg_level_bits(const LevelMasks* masks, const edgeseg::FrameFit* fit,
+                                          const int64_t* begins, uint8_t* bits, int32_t flags,
+                                          int32_t threads) {
+  if (!is_good(masks, fit) || threads < 1 || (flags & ~kKnownFlags) != 0 ||
+      (masks->capacity > 0 && (begins == nullptr || bits == nullptr))) {
+    return kBadArgument;
+  }
+  return for_levels(
+      *masks, *fit, flags, threads,
+      [&](const LevelJob& levels, const Job& job, const Loops& loops, int32_t k,
+          const Placed& placed) {
+        if (placed.is_empty()) return kOk;
+        const ByteSpan bytes = bytes_of(placed.columns, fit->frame_width);
+        const int64_t pitch = bytes.end - bytes.begin;
+        Workspace* work = workspace();
+        Patch patch;
+        patch.place(placed.crop, work);
+        levels.fill(k, &patch);
+        loops.draw_bits(job, patch,
+                        {bits + begins[k], pitch, bytes.begin, bytes.end, placed.rows.begin}, work);
+        return kOk;
+      });
+}
+
+// The same pixels as COCO's compressed run lengths; arguments as those of edgeseg_mask_runs.
+EDGESEG_EXPORT int32_t edgeseg_level_runs(const LevelMasks* masks, const edgeseg::FrameFit* fit,
+                                          uint8_t* text, int64_t room, int64_t* spans,
+                                          int64_t* needed, int32_t flags, int32_t threads) {
+  if (!is_good(masks, fit) || threads < 1 || (flags & ~kKnownFlags) != 0 || room < 0 ||
+      (text == nullptr && room > 0) || (spans == nullptr && masks->capacity > 0) ||
+      needed == nullptr ||
+      static_cast<int64_t>(fit->frame_height) * fit->frame_width >= int64_t{1} << 32) {
+    return kBadArgument;
+  }
+  std::atomic<int64_t> used{0};
+  const int32_t status =
+      for_levels(*masks, *fit, flags, threads,
+                 [&](const LevelJob& levels, const Job& job, const Loops& loops, int32_t k,
+                     const Placed& placed) {
+                   Workspace* work = workspace();
+                   work->turns.clear();
+                   Span columns = {0, 0};
+                   if (!placed.is_empty()) {
+                     columns = placed.columns;
+                     Patch patch;
+                     patch.place(placed.crop, work);
+                     levels.fill(k, &patch);
+                     loops.find_turns(job, patch, work);
+                   }
+                   encode_runs(fit->frame_height, fit->frame_width, columns, work);
+                   const int64_t size = static_cast<int64_t>(work->text.size());
+                   const int64_t begin = used.fetch_add(size);
+                   if (begin + size <= room) memcpy(text + begin, work->text.data(), size);
+                   spans[2 * k] = begin;
+                   spans[2 * k + 1] = begin + size;
+                   return kOk;
+                 });
   *needed = used.load();
   return status;
 }

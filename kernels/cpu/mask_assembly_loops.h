@@ -141,21 +141,7 @@ void fill_patch(const Job& job, int32_t k, Patch* patch) {
       fill_vectors<kRows>(job, coefficients, std::min(r, patch->rows - kRows), i, *patch);
     }
   }
-  const bool at_right_end = patch->crop.x.end == job.width;
-  for (int32_t r = 1; r <= patch->rows; ++r) {
-    float* row = patch->row(r);
-    row[0] = row[1] = 0.0f;
-    float* border = row + 2 + patch->columns;
-    border[0] = at_right_end ? border[-1] : 0.0f;
-    for (float* rest = border + 1; rest < row + patch->pitch; ++rest) *rest = 0.0f;
-  }
-  memset(patch->row(0), 0, sizeof(float) * patch->pitch);
-  float* last = patch->row(patch->rows + 1);
-  if (patch->crop.y.end == job.height) {
-    memcpy(last, patch->row(patch->rows), sizeof(float) * patch->pitch);
-  } else {
-    memset(last, 0, sizeof(float) * patch->pitch);
-  }
+  patch->close(job.height, job.width);
 }
 
 // Row r of the patch as levels 0 to 255.
@@ -258,7 +244,7 @@ EDGESEG_INLINE void mark_patch(const Job& job, const Patch& patch, Workspace* wo
   for (int32_t r = 0; r < patch.rows + 2; ++r) mark_row(job, r, patch);
 }
 
-// The mask's bits in the rows and bytes that it can reach; target starts at the frame's first row.
+// The mask's bits in the rows and bytes that it can reach, which `target` has.
 void draw_bits(const Job& job, const Patch& patch, const BitRows& target, Workspace* work) {
   mark_patch(job, patch, work);
   const int32_t end = std::min(patch.crop.y.end, job.height);
@@ -269,6 +255,7 @@ void draw_bits(const Job& job, const Patch& patch, const BitRows& target, Worksp
     decide_strip(job, patch, cell - patch.top, target, work);
     BitRows strip = target;
     strip.data = target.row(row);
+    strip.first_row = 0;
     for (int32_t i = 0; i < rows; ++i) {
       memcpy(strip.row(i), work->base.data(), work->base.size());
     }
@@ -310,7 +297,7 @@ void find_turns(const Job& job, const Patch& patch, Workspace* work) {
   const int32_t x = static_cast<int32_t>(first * 8);
   // Row 0 is the one above the strip.
   work->rows.assign((kStripRows + 1) * bytes, 0);
-  const BitRows strip = {work->rows.data() + bytes, bytes, first, first + bytes};
+  const BitRows strip = {work->rows.data() + bytes, bytes, first, first + bytes, 0};
   const int32_t end = std::min(patch.crop.y.end, job.height);
   int32_t row = 0;
   for (int32_t cell = std::max(patch.top, 0); cell < end; ++cell) {

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,9 @@ from edgeseg.classes import CAMVID
 from edgeseg.cli import main
 from edgeseg.engine import openvino as openvino_module
 from edgeseg.frame import Pixels, checked_pixels
-from edgeseg.result import Outputs, SemanticResult
+from edgeseg.result import AnyOutputs, SemanticResult
 from edgeseg.source import quiet_opencv
+from tests.edgeseg.tiny_instances import TinyInstances
 
 if TYPE_CHECKING:
     from tests.conftest import Tiny
@@ -219,6 +220,89 @@ def test_eval(run: Run, place: Path) -> None:
     assert found.code == 0 and "mIoU" in found.out and "bicyclist" in found.out
     again = json.loads((place / "figures.json").read_text())
     assert again["per_class"] == content["per_class"]
+
+
+def test_eval_of_outlines(run: Run) -> None:
+    arguments = ("eval", "streets", "--data", "synthetic:?frames=2&size=96x128", "--boundary")
+    found = run(*arguments)
+    assert found.code == 0
+    assert all(title in found.out for title in ("IoU", "Dice", "boundary", "HD95 px"))
+    content = run(*arguments, "--json", "-").content
+    keys = {"miou", "dice", "pixel_accuracy", "boundary_iou", "hd95", "per_class_hd95"}
+    assert keys <= content.keys() and 0 < content["boundary_iou"] < content["miou"]
+
+
+def test_eval_of_objects(run: Run, place: Path) -> None:
+    for package in ("onnx", "torch", "pycocotools"):
+        pytest.importorskip(package)
+    model = TinyInstances()
+    bundle = model.write(place / "tiny")
+    folder = place / "coco"
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "val").mkdir()
+    images: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
+    for number in range(3):
+        pixels = model.picture(number)
+        assert cv2.imwrite(str(folder / f"val/{number}.png"), pixels)
+        images.append({"id": number, "file_name": f"{number}.png", "height": 32, "width": 48})
+        outputs = model.outputs(pixels)
+        for (x1, y1, x2, y2), label in zip(
+            outputs.boxes.clip(0, [48, 32, 48, 32]).tolist(), outputs.labels.tolist(), strict=True
+        ):
+            outline = [x1, y1, x2, y1, x2, y2, x1, y2]
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": number,
+                    "category_id": 10 - label,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "segmentation": [outline],
+                }
+            )
+    categories = [{"id": 10 - label, "name": name} for label, name in enumerate(model.spec.classes)]
+    (folder / "annotations/instances_val.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    arguments = ("eval", bundle, "--data", f"coco:{folder}")
+    content = run(*arguments, "--json", "-").content
+    assert content["frames"] == 3 and content["box_ap"] == pytest.approx(1)
+    assert 0 <= content["mask_ap"] < 1
+    assert list(content["per_class"]) == ["red", "green", "blue"]
+    found = run(*arguments)
+    assert found.code == 0
+    assert all(part in found.out for part in ("AP50", "AR 100", "AP of a class", "green"))
+    for wrong, sentence in (
+        (("eval", bundle, "--data", "camvid:x"), "for an instance model use coco:DIR"),
+        ((*arguments, "--boundary"), "--boundary is for semantic models"),
+        (("eval", "streets", "--data", f"coco:{folder}"), "for a semantic one use camvid:DIR"),
+    ):
+        outcome = run(*wrong)
+        assert outcome.code == 2 and sentence in outcome.sentence
+
+
+def test_eval_of_segments(run: Run, place: Path) -> None:
+    for package in ("onnx", "torch"):
+        pytest.importorskip(package)
+    model = TinyInstances()
+    things = ("car", "pedestrian", "bicyclist")
+    other = replace(model, spec=replace(model.spec, classes=things)).write(place / "things")
+    arguments = ("eval", "streets", "--panoptic", other, "--data", "synthetic:?frames=2")
+    content = run(*arguments, "--json", "-").content
+    assert {"pq", "sq", "rq", "things", "stuff", "per_class", "frames"} <= content.keys()
+    assert 0 < content["pq"] < content["stuff"]["pq"] < 1
+    assert list(content["per_class"]) == list(CAMVID.names)
+    found = run(*arguments, "--limit", "1")
+    assert found.code == 0
+    assert all(part in found.out for part in ("PQ", "SQ", "RQ", "things", "1 pictures", "road"))
+    for wrong, sentence in (
+        ((*arguments, "--boundary"), "--boundary is for class maps"),
+        (("eval", other, "--panoptic", other, "--data", "synthetic:"), "are for semantic models"),
+        (("eval", "streets", "--panoptic", other, "--data", "camvid:x"), "is synthetic:"),
+    ):
+        outcome = run(*wrong)
+        assert outcome.code == 2 and sentence in outcome.sentence
 
 
 def test_inspect(run: Run, bundle_folder: Path, place: Path) -> None:
@@ -683,7 +767,7 @@ class _Interrupting:
         run = engine.run
         self.calls = 0
 
-        def interrupted(this: openvino_module.OpenVinoEngine, pixels: Pixels) -> Outputs:
+        def interrupted(this: openvino_module.OpenVinoEngine, pixels: Pixels) -> AnyOutputs:
             self.calls += 1
             # The first call is for the golden pair.
             if self.calls == 6:

@@ -24,7 +24,7 @@ from edgeseg.demo import CLIP, NEXT, Demo, run_demo
 from edgeseg.errors import DataError, EngineError, RequestError, SinkError
 from edgeseg.frame import Pixels
 from edgeseg.model import Model, load
-from edgeseg.result import Outputs
+from edgeseg.result import AnyOutputs
 from edgeseg.source import SyntheticSource, open_source
 
 if TYPE_CHECKING:
@@ -183,11 +183,11 @@ def test_models_take_turns(
         assert (one.summary.frames, one.precision) == (frames, "fp32") and one.summary.fps > 0
 
 
-def noted(model: Model, ran: list[str]) -> Callable[[Pixels], Outputs]:
+def noted(model: Model, ran: list[str]) -> Callable[[Pixels], AnyOutputs]:
     """The engine's ``run``, which adds the model's name to ``ran``."""
     run = model.engine.run
 
-    def named(pixels: Pixels) -> Outputs:
+    def named(pixels: Pixels) -> AnyOutputs:
         ran.append(model.spec.name)
         return run(pixels)
 
@@ -221,7 +221,7 @@ def test_speed_counts_only_a_models_own_turns(
     with tiny_pair(tiny, tmp_path) as models:
         run = models[0].engine.run
 
-        def slow(pixels: Pixels) -> Outputs:
+        def slow(pixels: Pixels) -> AnyOutputs:
             time.sleep(0.25)
             return run(pixels)
 
@@ -261,7 +261,7 @@ def test_engine_that_breaks_ends_the_demo(
     with tiny_pair(tiny, tmp_path) as models:
         run, calls = models[1].engine.run, itertools.count()
 
-        def breaks(pixels: Pixels) -> Outputs:
+        def breaks(pixels: Pixels) -> AnyOutputs:
             if next(calls) == 2:
                 raise EngineError("the device was unplugged")
             return run(pixels)

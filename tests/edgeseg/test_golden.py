@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from edgeseg.errors import BundleError
-from edgeseg.golden import AGREEMENT, Golden, golden_image
+from edgeseg.golden import (
+    AGREEMENT,
+    Golden,
+    InstanceGolden,
+    golden_from_json,
+    golden_image,
+)
+from edgeseg.instances import InstanceOutputs
+from edgeseg.result import Outputs
 
 
 def test_picture_is_the_same_everywhere() -> None:
@@ -78,3 +86,92 @@ def test_json_round_trip() -> None:
 def test_what_is_no_pair(text: str) -> None:
     with pytest.raises(BundleError, match=r"^the model's golden pair cannot be read"):
         Golden.from_json(text)
+
+
+# --- instances
+
+
+def found(seed: int, count: int) -> InstanceOutputs:
+    rng = np.random.default_rng(seed)
+    start = rng.uniform(0, 200, (count, 2))
+    return InstanceOutputs(
+        np.concatenate([start, start + rng.uniform(40, 90, (count, 2))], 1).astype(np.float32),
+        rng.random(count).astype(np.float32),
+        rng.integers(0, 80, count).astype(np.int32),
+        rng.integers(100, 256, (count, 30, 30)).astype(np.uint8),
+    )
+
+
+def test_detections_round_trip() -> None:
+    golden = InstanceGolden.of(5, found(1, 30))
+    assert len(golden.detections) == 20 and golden.is_proof
+    read = golden_from_json(golden.to_json())
+    assert isinstance(read, InstanceGolden) and "\n" not in golden.to_json()
+    assert read.agreement_of(found(1, 30)) == 1.0
+    assert read.agreement_of(found(2, 30)) == 0.0
+    assert read.agreement_of(found(1, 0)) == 0.0
+    assert read.agreement_of(Outputs(np.zeros((9, 9), np.uint8))) == 0.0
+    semantic = Golden.of(3, np.zeros((9, 9), np.uint8))
+    assert golden_from_json(semantic.to_json()) == semantic
+    assert semantic.agreement_of(found(1, 3)) == 0.0
+
+
+def test_order_does_not_matter_and_each_is_found_once() -> None:
+    outputs = found(1, 10)
+    golden = InstanceGolden.of(0, outputs)
+    order = np.random.default_rng(0).permutation(10)
+    fields = ("boxes", "scores", "labels", "masks")
+    shuffled = InstanceOutputs(*(getattr(outputs, name)[order] for name in fields))
+    assert golden.agreement_of(shuffled) == 1.0
+    same = np.zeros(10, np.int64)
+    repeated = InstanceOutputs(*(getattr(outputs, name)[same] for name in fields))
+    assert golden.agreement_of(repeated) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "agreement"),
+    [
+        ("boxes", 1.0, 1.0),
+        ("boxes", 20.0, 0.0),
+        ("scores", 0.04, 1.0),
+        ("scores", 0.06, 0.0),
+        ("labels", 1, 0.0),
+        ("masks", -4, 1.0),
+        ("masks", -50, 0.0),
+    ],
+)
+def test_what_is_the_same_detection(field: str, change: float, agreement: float) -> None:
+    outputs = found(3, 12)
+    golden = InstanceGolden.of(0, outputs)
+    values = getattr(outputs, field)
+    values[:] = (values.astype(np.float64) + change).astype(values.dtype)
+    assert golden.agreement_of(outputs) == agreement
+
+
+def test_no_detections_are_no_proof() -> None:
+    golden = golden_from_json(InstanceGolden.of(0, found(1, 0)).to_json())
+    assert not golden.is_proof
+    assert golden.agreement_of(found(1, 0)) == 1.0 and golden.agreement_of(found(1, 1)) == 0.0
+
+
+def test_boxes_without_numbers_are_not_recorded() -> None:
+    outputs = found(1, 3)
+    outputs.boxes[1, 2] = np.nan
+    golden = InstanceGolden.of(0, outputs)
+    assert len(golden.detections) == 2 and "NaN" not in golden.to_json()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        '{"detections": []}',
+        '{"seed": 1, "detections": 7, "samples": 9, "promised": 0.8}',
+        '{"seed": 1, "detections": [[1, 2]], "samples": 9, "promised": 0.8}',
+        '{"seed": 1, "detections": [], "samples": 0, "promised": 0.8}',
+        '{"seed": 1, "detections": [], "samples": "many", "promised": 0.8}',
+    ],
+)
+def test_what_is_no_instance_pair(text: str) -> None:
+    with pytest.raises(BundleError, match=r"^the model's golden pair cannot be read"):
+        golden_from_json(text)

@@ -56,6 +56,38 @@ def test_iou_is_that_of_the_sets_of_pixels(classes: int, ignore: int) -> None:
     assert matrix.miou() == pytest.approx(math.fsum(expected) / classes, abs=1e-15)
 
 
+@pytest.mark.parametrize(("classes", "ignore"), [(1, 255), (2, 2), (11, 11), (19, 255)])
+def test_dice_is_the_f1_score_of_the_pixels(classes: int, ignore: int) -> None:
+    pairs = [random_pair(seed, classes, ignore) for seed in range(3)]
+    matrix = ConfusionMatrix(classes, ignore)
+    for prediction, truth in pairs:
+        matrix.update(prediction, truth)
+    expected = []
+    for label in range(classes):
+        right = wrong = missed = 0
+        for prediction, truth in pairs:
+            for place in np.ndindex(truth.shape):
+                if truth[place] != ignore:
+                    said, is_so = prediction[place] == label, truth[place] == label
+                    right += bool(said and is_so)
+                    wrong += bool(said and not is_so)
+                    missed += bool(is_so and not said)
+        precision, recall = right / (right + wrong), right / (right + missed)
+        expected.append(2 * precision * recall / (precision + recall) if right else 0.0)
+    np.testing.assert_allclose(matrix.per_class_dice(), expected, rtol=1e-12)
+    assert matrix.dice() == pytest.approx(math.fsum(expected) / classes, rel=1e-12)
+    iou = matrix.per_class_iou()
+    np.testing.assert_allclose(matrix.per_class_dice(), 2 * iou / (1 + iou), rtol=1e-12)
+
+
+def test_dice_leaves_out_absent_classes() -> None:
+    matrix = ConfusionMatrix(3, 9)
+    assert math.isnan(matrix.dice())
+    matrix.update(labels([[0, 0, 1]]), labels([[0, 1, 9]]))
+    np.testing.assert_array_equal(matrix.per_class_dice(), [2 / 3, 0, np.nan])
+    assert matrix.dice() == pytest.approx(1 / 3)
+
+
 def test_counts_and_accuracy_are_those_of_a_loop() -> None:
     prediction, truth = random_pair(7, 5, 200)
     expected = np.zeros((5, 5), np.int64)

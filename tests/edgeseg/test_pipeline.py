@@ -19,7 +19,7 @@ from edgeseg.errors import EngineError, FrameError, RequestError, SourceError
 from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
 from edgeseg.pipeline import Ledger, Pipeline, Stage
-from edgeseg.result import Outputs, SemanticResult
+from edgeseg.result import AnyOutputs, Outputs, SemanticResult
 from edgeseg.source import Source, open_source
 from edgeseg.spec import ModelSpec, Preprocessing
 
@@ -266,7 +266,7 @@ class Flights:
         self.taken: list[int] = []
         self.most_inside = 0
 
-    def run(self, pixels: Pixels) -> Outputs:
+    def run(self, pixels: Pixels) -> AnyOutputs:
         return self.submit(Prepared(pixels)).outputs()
 
     def prepare(self, frame: Frame, geometry: Geometry) -> Prepared:
@@ -290,7 +290,7 @@ class Flight:
         self._engine = engine
         self._prepared = prepared
 
-    def outputs(self) -> Outputs:
+    def outputs(self) -> AnyOutputs:
         index = int(self._prepared.pixels[0, 0, 0])
         assert index == self._engine.submitted[len(self._engine.taken)]
         try:

@@ -36,8 +36,19 @@ def without(key: str) -> str:
     return json.dumps(values)
 
 
+INSTANCE_SPEC = replace(
+    SPEC, task="instance", confidence=False, capacity=100, mask_height=28, mask_width=29
+)
+
+
 @pytest.mark.parametrize(
-    "spec", [SPEC, replace(SPEC, fit="stretch", confidence=False, ignore=11, height=1, width=1)]
+    "spec",
+    [
+        SPEC,
+        replace(SPEC, fit="stretch", confidence=False, ignore=11, height=1, width=1),
+        INSTANCE_SPEC,
+        replace(INSTANCE_SPEC, mask_extent="box", capacity=1),
+    ],
 )
 def test_json_round_trip(spec: ModelSpec) -> None:
     text = spec.to_json()
@@ -63,7 +74,12 @@ def test_json_round_trip(spec: ModelSpec) -> None:
         ),
         (changed(height="tall"), "incomplete"),
         (changed(height=0), "incomplete.*0x480"),
-        (changed(task="instance"), "incomplete.*semantic.*'instance' came"),
+        (changed(task="depth"), "incomplete.*semantic, instance, and 'depth' came"),
+        (changed(task="instance"), "capacity and a mask size of 1 or more.*capacity of 0"),
+        (changed(task="instance", capacity=9, mask_height=9, mask_width=9), "and a confidence map"),
+        (changed(capacity=9), "semantic model has no instances, and a capacity of 9"),
+        (changed(mask_extent="box"), "semantic model has no instances"),
+        (changed(mask_extent="frame"), "span one of image, box, and 'frame' came"),
         (changed(fit="crop"), "incomplete.*stretch, letterbox.*'crop' came"),
         (changed(classes=["sky"]), "1 classes came with 2 colours"),
         (changed(classes=[], colours=[]), "1 to 255 classes, and 0 came"),
@@ -82,6 +98,13 @@ def test_json_round_trip(spec: ModelSpec) -> None:
 def test_descriptions_that_cannot_be(text: str, says: str) -> None:
     with pytest.raises(BundleError, match=rf"^the model.*{says}"):
         ModelSpec.from_json(text)
+
+
+def test_descriptions_from_before_there_were_instances() -> None:
+    values = json.loads(SPEC.to_json())
+    for key in ("capacity", "mask_height", "mask_width", "mask_extent"):
+        del values[key]
+    assert ModelSpec.from_json(json.dumps(values)) == SPEC
 
 
 @pytest.mark.parametrize(("count", "fits"), [(0, False), (1, True), (255, True), (256, False)])

@@ -39,10 +39,11 @@ from edgeseg.engine.tensorrt import TensorRtEngine
 from edgeseg.errors import EngineError, FrameError, RequestError
 from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
+from edgeseg.instances import InstanceOutputs
 from edgeseg.kernels import launchers
 from edgeseg.model import Model
 from edgeseg.pipeline import Pipeline
-from edgeseg.result import Outputs
+from edgeseg.result import AnyOutputs
 from edgeseg.source import open_source
 from edgeseg.spec import Fit, ModelSpec, Preprocessing
 from tests.edgeseg.host_cuda import HostCuda
@@ -257,7 +258,7 @@ def engine(network: Network, cuda: HostCuda) -> Iterator[TensorRtEngine]:
     cuda.assert_all_freed()
 
 
-def check(outputs: Outputs, image: NDArray[np.uint8]) -> None:
+def check(outputs: AnyOutputs, image: NDArray[np.uint8]) -> None:
     """That the outputs are those of a network input."""
     np.testing.assert_array_equal(outputs.class_map, class_map(image))
     np.testing.assert_array_equal(outputs.confidence, confidence(image))
@@ -267,6 +268,79 @@ def fitted(pixels: Pixels, fit: Fit = "stretch") -> tuple[Geometry, Pixels]:
     height, width = pixels.shape[:2]
     geometry = Geometry.fitting(height, width, SPEC.height, SPEC.width, fit=fit)
     return geometry, geometry.fit(pixels)
+
+
+# --- instances
+
+INSTANCES = replace(
+    SPEC,
+    task="instance",
+    confidence=False,
+    capacity=5,
+    mask_height=8,
+    mask_width=12,
+)
+
+
+def instance_tensors() -> dict[str, Tensor]:
+    return {
+        "image": Tensor("INPUT", "UINT8", IMAGE),
+        "boxes": Tensor("OUTPUT", "FLOAT", (1, 5, 4)),
+        "scores": Tensor("OUTPUT", "FLOAT", (1, 5)),
+        "labels": Tensor("OUTPUT", "INT32", (1, 5)),
+        "count": Tensor("OUTPUT", "INT32", (1,)),
+        "masks": Tensor("OUTPUT", "UINT8", (1, 5, 8, 12)),
+    }
+
+
+def instances(image: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    """As many as the first value says, and numbers made of the picture."""
+    rng = np.random.default_rng(image)
+    return {
+        "boxes": rng.random((1, 5, 4), np.float32),
+        "scores": rng.random((1, 5), np.float32),
+        "labels": rng.integers(0, 4, (1, 5), np.int32),
+        "count": np.array([image[0, 0, 0] % 6], np.int32),
+        "masks": rng.integers(0, 256, (1, 5, 8, 12), np.uint8),
+    }
+
+
+def test_instances(network: Network, cuda: HostCuda) -> None:
+    network.tensors, network.compute = instance_tensors(), instances
+    opened = TensorRtEngine(b"plan", INSTANCES, cuda, fitter=HostFitter(cuda))
+    given = [(picture(seed), opened.run(picture(seed))) for seed in range(5)]
+    assert len({int(pixels[0, 0, 0]) % 6 for pixels, _ in given}) > 2
+    for pixels, outputs in given:
+        wanted = instances(pixels)
+        count = int(wanted.pop("count")[0])
+        assert isinstance(outputs, InstanceOutputs) and outputs.network_ns > 0
+        for name, values in wanted.items():
+            np.testing.assert_array_equal(getattr(outputs, name), values[0, :count])
+    opened.close()
+    cuda.assert_all_freed()
+
+
+@one_release
+@pytest.mark.parametrize(
+    ("name", "tensor", "says"),
+    [
+        ("boxes", Tensor("OUTPUT", "FLOAT", (1, 4, 4)), r"float32 \(1, 4, 4\) as boxes, and"),
+        ("masks", Tensor("OUTPUT", "FLOAT", (1, 5, 8, 12)), r"masks, and uint8 \(1, 5, 8, 12\) is"),
+        ("labels", Tensor("OUTPUT", "INT64", (1, 5)), r"int64 \(1, 5\) as labels, and int32"),
+        ("count", None, r"gives no count, and int32 \(1,\) is promised"),
+    ],
+)
+def test_plans_of_other_instances(
+    network: Network, cuda: HostCuda, name: str, tensor: Tensor | None, says: str
+) -> None:
+    network.tensors = instance_tensors()
+    if tensor is None:
+        del network.tensors[name]
+    else:
+        network.tensors[name] = tensor
+    with pytest.raises(EngineError, match=says):
+        TensorRtEngine(b"plan", INSTANCES, cuda, fitter=HostFitter(cuda))
+    cuda.assert_all_freed()
 
 
 # --- one frame

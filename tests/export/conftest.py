@@ -115,6 +115,7 @@ def tiny_class() -> type[SemanticNetwork]:
         """Logits at 1/4, then bilinear."""
 
         stride = 4
+        smallest = 4
         classifier = "classify.weight"
         image_convolutions = ("first.conv.weight",)
         auxiliary_prefixes = ("extra.",)

@@ -27,7 +27,7 @@ from edgeseg.errors import BundleError, RequestError, WeightsError
 from edgeseg.export.models import SemanticNetwork, create
 from edgeseg.export.onnx import export_network, head_function, normalisation
 from edgeseg.export.preprocess import network_input
-from edgeseg.golden import golden_image
+from edgeseg.golden import Golden, golden_image
 from edgeseg.onnxfile import HEAD
 from edgeseg.spec import ModelSpec, Preprocessing
 
@@ -358,6 +358,7 @@ def test_the_heads_body_is_interpolation_and_argmax(
 def test_the_golden_pair_is_what_the_graph_gives(exported: Export, model: str) -> None:
     made = exported(model)
     golden = Bundle.open(made.path).golden
+    assert isinstance(golden, Golden)
     assert golden == made.export.golden
     session = onnxruntime.InferenceSession(made.path, providers=["CPUExecutionProvider"])
     image = golden_image(golden.seed, 64, 96)

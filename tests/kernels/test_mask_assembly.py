@@ -730,7 +730,7 @@ def good_arguments() -> tuple[Features, Instances, FrameFit]:
     instances = Instances(
         GOOD.coefficients.ctypes.data, GOOD.boxes.ctypes.data, None, 2, *GOOD.network
     )
-    return features, instances, masks._fit(GOOD_FIT)
+    return features, instances, masks.launched_fit(GOOD_FIT)
 
 
 def test_the_library_checks_its_own_arguments() -> None:
@@ -872,7 +872,7 @@ def check_launchers(
                 *inputs, to, kind, memory.stream
             ),
         )  # fmt: skip
-    fit = masks._fit(geometry)
+    fit = masks.launched_fit(geometry)
     checked(
         run_bits(scene, geometry, threshold=threshold), 0xA5,
         lambda to: int(library.edgeseg_cuda_mask_bits(
