@@ -20,8 +20,8 @@ class SemanticNetwork(nn.Module):
 
     #: height and width of an input must be multiples of this
     stride: ClassVar[int] = 32
-    #: height and width of an input must be this at least
-    smallest: ClassVar[int] = 32
+    #: height and width of an input must be this at least, whatever ``stride`` says
+    smallest: ClassVar[int] = 1
     #: state_dict prefixes of heads that only training uses
     auxiliary_prefixes: ClassVar[tuple[str, ...]] = ()
     #: state_dict keys of the convolutions that read the image; export folds the channel order there
