@@ -930,3 +930,13 @@ def test_the_command_says_what_is_wrong(
     assert main(["build", str(bundle_folder), *arguments]) == code
     assert re.search(words, capsys.readouterr().err)
     assert opened.asked == []
+
+
+def test_the_command_without_tensorrt(
+    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert main(["build", str(bundle_folder)]) == 1
+    said = capsys.readouterr().err
+    assert "the engine tensorrt is not installed; `pip install tensorrt`" in said
+    assert "python3-libnvinfer" in said
