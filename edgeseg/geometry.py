@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -69,6 +68,9 @@ class Geometry:
         Bilinear with half-pixel centres. The result is contiguous; it is ``pixels`` itself when
         nothing has to change, and otherwise belongs to the caller.
         """
+        # Here, so that kernels and their tests have this class where there is no OpenCV.
+        import cv2
+
         if (self.frame_height, self.frame_width) == (self.inner_height, self.inner_width):
             inner = pixels
         else:
@@ -95,6 +97,8 @@ class Geometry:
         Nearest neighbour with half-pixel centres, so that labels stay labels. ``plane`` itself
         when nothing has to change, and otherwise an array of the caller's own.
         """
+        import cv2
+
         inner = plane[
             self.top : self.top + self.inner_height, self.left : self.left + self.inner_width
         ]

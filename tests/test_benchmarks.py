@@ -56,6 +56,7 @@ def numbers(value: object) -> list[float]:
         ),
         ("bench_start.py", (), ("seconds",)),
         ("bench_upsample_argmax.py", ("onnx", "onnxruntime"), ()),
+        ("bench_mask_assembly.py", ("torch",), ()),
     ],
 )
 def test_quick_run_writes_its_figures(

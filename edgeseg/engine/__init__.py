@@ -19,6 +19,7 @@ __all__ = [
     "available_engines",
     "cpu_engine",
     "cpu_engines",
+    "not_installed",
     "open_engine",
     "passed_over",
 ]
@@ -140,6 +141,12 @@ def open_engine(
     return engine
 
 
+def not_installed(name: str) -> str:
+    """The sentence for an engine whose library is missing."""
+    (install,) = (entry.install for entry in ENGINES if entry.name == name)
+    return f"the engine {name} is not installed; {install} adds it"
+
+
 def _entry(name: str | None) -> EngineEntry:
     if name is None:
         for entry in ENGINES:
@@ -153,7 +160,7 @@ def _entry(name: str | None) -> EngineEntry:
     for entry in ENGINES:
         if entry.name == name:
             if not entry.is_installed():
-                raise EngineError(f"the engine {name} is not installed; {entry.install} adds it")
+                raise EngineError(not_installed(name))
             return entry
     raise RequestError(
         f"the engines are {', '.join(entry.name for entry in ENGINES)}, and {name!r} came"

@@ -485,10 +485,14 @@ def open_engine(bundle: Bundle, *, threads: int, compiled_head: bool | None) -> 
 
 
 def tensorrt_version() -> str:
-    """TensorRT's version; EngineError when it cannot be loaded."""
+    """TensorRT's version; EngineError when it is not installed, or cannot be loaded."""
+    from edgeseg.engine import not_installed
+
     try:
         import tensorrt as trt
     except (ImportError, OSError, RuntimeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "tensorrt":
+            raise EngineError(not_installed("tensorrt")) from error
         raise EngineError(
             f"the engine tensorrt is installed and cannot be loaded ({error}); `edgeseg doctor` "
             "shows what is missing, or try another --engine"

@@ -15,7 +15,7 @@ class Network(nn.Module):
 
     #: height and width of an input must be multiples of this
     stride: ClassVar[int] = 1
-    #: height and width of an input must be this at least
+    #: height and width of an input must be this at least, whatever ``stride`` says
     smallest: ClassVar[int] = 1
     #: state_dict prefixes that a checkpoint may have or lack: heads that only training uses, and
     #: leftovers of the published ones

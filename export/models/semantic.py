@@ -21,7 +21,6 @@ class SemanticNetwork(Network):
     """
 
     stride: ClassVar[int] = 32
-    smallest: ClassVar[int] = 32
     #: convention of the last upsampling
     align_corners: bool = False
 

@@ -323,32 +323,8 @@ struct Loops {
 
 }  // namespace
 
-// Each inclusion makes namespace EDGESEG_ISA with the arithmetic and the loops in it. The headers
-// are included again each time, because GCC takes vectors apart in functions that were defined
-// outside the target region, even when they are inlined into it.
-#define EDGESEG_ISA portable
-#define EDGESEG_LANES 4
-#include "mask_assembly_loops.h"
-#undef EDGESEG_ISA
-#undef EDGESEG_LANES
-
-#if defined(__x86_64__)
-EDGESEG_TARGET("avx2")
-#define EDGESEG_ISA avx2
-#define EDGESEG_LANES 8
-#include "mask_assembly_loops.h"
-#undef EDGESEG_ISA
-#undef EDGESEG_LANES
-EDGESEG_TARGET_END
-
-EDGESEG_TARGET("avx512f,avx512bw,avx512dq,avx512vl")
-#define EDGESEG_ISA avx512
-#define EDGESEG_LANES 16
-#include "mask_assembly_loops.h"
-#undef EDGESEG_ISA
-#undef EDGESEG_LANES
-EDGESEG_TARGET_END
-#endif
+#define EDGESEG_LOOPS "mask_assembly_loops.h"
+#include "each_isa.h"
 
 namespace {
 

@@ -138,29 +138,8 @@ struct Code {
 
 }  // namespace
 
-#define EDGESEG_ISA portable
-#define EDGESEG_LANES 4
-#include "pyramid_roi_align_loops.h"
-#undef EDGESEG_ISA
-#undef EDGESEG_LANES
-
-#if defined(__x86_64__)
-EDGESEG_TARGET("avx2")
-#define EDGESEG_ISA avx2
-#define EDGESEG_LANES 8
-#include "pyramid_roi_align_loops.h"
-#undef EDGESEG_ISA
-#undef EDGESEG_LANES
-EDGESEG_TARGET_END
-
-EDGESEG_TARGET("avx512f,avx512bw,avx512dq,avx512vl")
-#define EDGESEG_ISA avx512
-#define EDGESEG_LANES 16
-#include "pyramid_roi_align_loops.h"
-#undef EDGESEG_ISA
-#undef EDGESEG_LANES
-EDGESEG_TARGET_END
-#endif
+#define EDGESEG_LOOPS "pyramid_roi_align_loops.h"
+#include "each_isa.h"
 
 namespace {
 

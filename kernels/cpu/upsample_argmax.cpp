@@ -127,32 +127,8 @@ using ComputeStrips = void (*)(const Job&, int32_t, int32_t, Workspace*);
 
 }  // namespace
 
-// Each inclusion makes namespace EDGESEG_ISA with the arithmetic and the loops in it. The header is
-// included again each time, because GCC takes vectors apart in functions that were defined outside
-// the target region, even when they are inlined into it.
-#define EDGESEG_ISA portable
-#define EDGESEG_LANES 4
-#include "upsample_argmax_loops.h"
-#undef EDGESEG_ISA
-#undef EDGESEG_LANES
-
-#if defined(__x86_64__)
-EDGESEG_TARGET("avx2")
-#define EDGESEG_ISA avx2
-#define EDGESEG_LANES 8
-#include "upsample_argmax_loops.h"
-#undef EDGESEG_ISA
-#undef EDGESEG_LANES
-EDGESEG_TARGET_END
-
-EDGESEG_TARGET("avx512f,avx512bw,avx512dq,avx512vl")
-#define EDGESEG_ISA avx512
-#define EDGESEG_LANES 16
-#include "upsample_argmax_loops.h"
-#undef EDGESEG_ISA
-#undef EDGESEG_LANES
-EDGESEG_TARGET_END
-#endif
+#define EDGESEG_LOOPS "upsample_argmax_loops.h"
+#include "each_isa.h"
 
 namespace {
 

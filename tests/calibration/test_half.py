@@ -809,7 +809,7 @@ def test_a_concat_between_integers_is_what_onnx_runtime_can_read() -> None:
 
 
 def test_what_onnx_runtimes_own_tool_makes(tmp_path: Path) -> None:
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+    class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
             self.left: Iterator[NDArray[np.uint8]] = iter(pictures())
 

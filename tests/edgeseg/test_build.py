@@ -7,7 +7,9 @@ TensorRT would do is said by the tests.
 from __future__ import annotations
 
 import _thread
+import importlib
 import json
+import re
 import signal
 import sys
 import threading
@@ -21,6 +23,7 @@ from typing import Any, cast
 import pytest
 
 from edgeseg.bundle import Bundle
+from edgeseg.cli import main
 from edgeseg.engine import build as module
 from edgeseg.engine.build import BuildProgress, build_plan, find_plan, load_plugins
 from edgeseg.engine.cuda import Cuda, Device, Memory
@@ -833,3 +836,107 @@ def test_one_logger_for_the_whole_process(builder: Builder) -> None:
     builder.trt.drive(logger, "log", trt.ILogger.ERROR, "nobody listens")
     assert (first.errors, first.warnings()) == (["one", "three"], ["two"])
     assert (second.errors, second.warnings()) == ([], ["two"])
+
+
+# --- the command
+
+
+class Opened:
+    """An engine that was opened to be checked."""
+
+    description = "TensorRT of a test"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str | None, bool | None]] = []
+        self.closed = 0
+
+    def open(
+        self, bundle: Bundle, name: str | None = None, *, compiled_head: bool | None = None
+    ) -> Opened:
+        self.asked.append((bundle.name, name, compiled_head))
+        return self
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
+    """The machine of a Jetson's user: a GPU, no plugin library, engines that open."""
+    made = Opened()
+    monkeypatch.setattr("edgeseg.engine.cuda.open_cuda", closing_gpu)
+    library = importlib.import_module("edgeseg.kernels.build")  # the function has its name
+    monkeypatch.setattr(library, "find_plugin_library", lambda major: None)
+    monkeypatch.setattr("edgeseg.engine.open_engine", made.open)
+    return made
+
+
+def closing_gpu() -> Any:
+    made: Any = Gpu()
+    made.close = lambda: None
+    return made
+
+
+def test_the_command_builds_once(
+    builder: Builder,
+    bundle_folder: Path,
+    opened: Opened,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["build", str(bundle_folder), "--level", "4", "--json", str(tmp_path / "plan.json")]
+    assert main(command) == 0
+    told = capsys.readouterr()
+    assert "no plan has been built here yet" in told.err
+    assert "checked with the golden picture on TensorRT of a test" in told.out
+    assert "1 layers; with weights: 1 fp32" in told.out
+    written = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert written["tensorrt"] == builder.version
+    assert (written["options"]["level"], written["options"]["plugins"]) == (4, False)
+    assert main(command) == 0
+    assert "a plan that fits is here" in capsys.readouterr().err
+    assert len(builder.trt.named("Builder.build_serialized_network")) == 1
+    assert main([*command, "--force"]) == 0
+    assert main(["build", str(bundle_folder), "--level", "2", "--tf32"]) == 0
+    assert "level 4" in capsys.readouterr().err
+    assert len(builder.trt.named("Builder.build_serialized_network")) == 3
+    assert builder.flags() == {"TF32": True}
+    # Each plan was opened, which is where the golden picture is compared.
+    assert opened.asked == [(bundle_folder_name(bundle_folder), "tensorrt", False)] * 4
+    assert opened.closed == 4
+
+
+def bundle_folder_name(folder: Path) -> str:
+    return Bundle.open(folder).name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--level", "6"], 2, "level is 0 .* to 5"),
+        (["--plugins"], 1, "library is not here; `edgeseg kernels build --tensorrt`"),
+        (["--dla", "0"], 2, "DLA"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    builder: Builder,
+    bundle_folder: Path,
+    opened: Opened,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    words: str,
+) -> None:
+    assert main(["build", str(bundle_folder), *arguments]) == code
+    assert re.search(words, capsys.readouterr().err)
+    assert opened.asked == []
+
+
+def test_the_command_without_tensorrt(
+    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert main(["build", str(bundle_folder)]) == 1
+    said = capsys.readouterr().err
+    assert "the engine tensorrt is not installed; `pip install tensorrt`" in said
+    assert "python3-libnvinfer" in said

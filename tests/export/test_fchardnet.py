@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from edgeseg.errors import RequestError
 from edgeseg.export.models import SemanticNetwork, create, definition
+from edgeseg.export.onnx import export_network
 from edgeseg.export.preprocess import network_input
 from edgeseg.export.weights import load_weights
 
 if TYPE_CHECKING:
+    from edgeseg.spec import ModelSpec
     from tests.export.conftest import Parity
 
 #: layers of each block of the encoder, by the index of the block in ``base``
@@ -155,3 +158,9 @@ def test_pictures_stay_bgr(pack: Parity) -> None:
     std = 255 * np.array([0.225, 0.224, 0.229])
     wanted = ((image.astype(np.float64) - mean) / std).transpose(2, 0, 1)[None]
     np.testing.assert_allclose(np.asarray(found), wanted, atol=2e-4)
+
+
+def test_an_export_that_is_too_small_is_refused(make_spec: Callable[..., ModelSpec]) -> None:
+    spec = make_spec("fchardnet70", size=(32, 64))
+    with pytest.raises(RequestError, match="sizes from 64x64 on, and 32x64 came"):
+        export_network(create("fchardnet70", len(spec.classes)), spec)

@@ -11,7 +11,6 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeseg import kernels
-from edgeseg.draw import draw_classes
 from edgeseg.errors import KernelError, RequestError
 from edgeseg.geometry import Geometry
 from edgeseg.kernels import FrameRectangle
@@ -163,6 +162,8 @@ def doubtful(source: int, target: int) -> NDArray[np.bool_]:
 def test_equals_the_drawing_of_opencv(
     frame_size: tuple[int, int], size: tuple[int, int], fit: Fit
 ) -> None:
+    from edgeseg.draw import draw_classes  # needs OpenCV, which the tests for a GPU do without
+
     rng = np.random.default_rng(2)
     frame, class_map, colours = (
         random_frame(frame_size, rng),

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -115,6 +114,8 @@ class Camera:
 
     def bgr(self) -> Pixels:
         """The frame as OpenCV converts it."""
+        import cv2  # here, so that the tests for a GPU run where there is none
+
         frame = self.frame()
         if self.format == "bgr":
             return np.ascontiguousarray(frame)
