@@ -48,7 +48,7 @@ from rounds import (
 from edgeseg import kernels
 from edgeseg.bundle import Bundle
 from edgeseg.engine import Engine, available_engines, open_engine
-from edgeseg.export.models import SemanticNetwork, create, definition
+from edgeseg.export.models import SemanticNetwork, create_semantic, definition
 from edgeseg.export.onnx import export_network
 from edgeseg.export.weights import load_weights
 from edgeseg.frame import Pixels
@@ -217,7 +217,7 @@ class EagerLoop:
 def compare(case: Case, engines: tuple[str, ...], options: argparse.Namespace) -> list[Row]:
     """Export, check that all give the same masks, then time in turn."""
     frames, threads = options.frames, options.threads
-    network = load_weights(create(ARCHITECTURE, 11), WEIGHTS)
+    network = load_weights(create_semantic(ARCHITECTURE, 11), WEIGHTS)
     shipped = Bundle.open(WEIGHTS).spec
     spec = replace(shipped, height=case.network[0], width=case.network[1], fit="stretch")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:

@@ -64,7 +64,7 @@ from edgeseg.engine.base import OneAtATime
 from edgeseg.engine.head import checked_input, run_head
 from edgeseg.errors import EdgeSegError
 from edgeseg.evaluate import Evaluation, evaluate
-from edgeseg.export.models import create
+from edgeseg.export.models import create_semantic
 from edgeseg.export.onnx import export_network
 from edgeseg.export.weights import load_weights
 from edgeseg.frame import Pixels
@@ -590,7 +590,7 @@ def calibration_memory(bundle: Bundle, dataset: Dataset, count: int, source: str
     """
     height, width = MEMORY_FRAME
     spec = bundle.spec
-    network = load_weights(create(spec.architecture, len(spec.classes)), source)
+    network = load_weights(create_semantic(spec.architecture, len(spec.classes)), source)
     stride = network.stride
     sized = replace(spec, height=-(-height // stride) * stride, width=-(-width // stride) * stride)
     with tempfile.TemporaryDirectory() as folder:
@@ -727,7 +727,9 @@ def end_to_end(
     """Frame to mask: frames per second by name, with "eager" for PyTorch, and ratios to that."""
     spec = bundle.spec
     size = (spec.height, spec.width)
-    eager = EagerLoop(load_weights(create(spec.architecture, len(spec.classes)), source), size)
+    eager = EagerLoop(
+        load_weights(create_semantic(spec.architecture, len(spec.classes)), source), size
+    )
     with ExitStack() as opened, torch.inference_mode():
         turns: dict[str, Callable[[], float]] = {
             "eager": lambda: end_to_end_fps(eager.class_map, pictures)

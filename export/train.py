@@ -22,7 +22,7 @@ from edgeseg.dataset import Dataset, open_dataset
 from edgeseg.errors import DataError, RequestError, WeightsError
 from edgeseg.export.augment import Augmentation
 from edgeseg.export.losses import ohem_cross_entropy
-from edgeseg.export.models import create, definition
+from edgeseg.export.models import create_semantic, definition
 from edgeseg.export.models.semantic import SemanticNetwork
 from edgeseg.export.preprocess import evaluate_network
 from edgeseg.export.weights import load_weights, save_checkpoint, save_weights
@@ -237,9 +237,8 @@ def train(
     datasets = [open_dataset(source.uri, source.split) for source in recipe.sources]
     classes = _common_classes(datasets)
     checks = [open_dataset(uri, split) for uri, split in validate]
-    network = cast(
-        SemanticNetwork,
-        create(recipe.model, len(classes.names), auxiliary_heads=recipe.auxiliary_heads),
+    network = create_semantic(
+        recipe.model, len(classes.names), auxiliary_heads=recipe.auxiliary_heads
     )
     if start is not None:
         load_weights(network, start)

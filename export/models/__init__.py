@@ -35,6 +35,7 @@ __all__ = [
     "SemanticNetwork",
     "Yolact",
     "create",
+    "create_semantic",
     "definition",
     "definition_of",
     "maskrcnn_resnet50_fpn",
@@ -253,4 +254,14 @@ def create(
     else:
         network = entry.network(num_classes, auxiliary_heads=auxiliary_heads)
     network.eval()
+    return network
+
+
+def create_semantic(
+    name: str, num_classes: int, *, auxiliary_heads: bool = False
+) -> SemanticNetwork:
+    """As ``create``, for a model of the task semantic; RequestError for others."""
+    network = create(name, num_classes, auxiliary_heads=auxiliary_heads)
+    if not isinstance(network, SemanticNetwork):
+        raise RequestError(f"{name} finds instances, and a model that gives classes is wanted")
     return network

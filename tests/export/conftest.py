@@ -210,7 +210,7 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory, tiny_class: type[SemanticNetwork]
 ) -> Callable[..., Exportation]:
     """Exports a network once per session and combination of arguments."""
-    from edgeseg.export.models import create
+    from edgeseg.export.models import create_semantic
     from edgeseg.export.onnx import export_network
 
     made: dict[tuple[object, ...], Exportation] = {}
@@ -232,7 +232,7 @@ def exported(
                 kind = type("Tiny", (tiny_class,), {"align_corners": align_corners})
                 network = kind(num_classes).eval()
             else:
-                network = create(architecture, num_classes)
+                network = create_semantic(architecture, num_classes)
             _lively(network, 5)
             spec = _spec(
                 architecture,

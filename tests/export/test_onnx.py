@@ -24,7 +24,7 @@ from torch.nn import functional
 from edgeseg.bundle import GOLDEN_KEY, SPEC_KEY, WEIGHTS_KEY, Bundle
 from edgeseg.engine import available_engines, open_engine
 from edgeseg.errors import BundleError, RequestError, WeightsError
-from edgeseg.export.models import SemanticNetwork, create
+from edgeseg.export.models import SemanticNetwork, create_semantic
 from edgeseg.export.onnx import export_network, head_function, normalisation
 from edgeseg.export.preprocess import network_input
 from edgeseg.golden import Golden, golden_image
@@ -180,7 +180,7 @@ def test_sizes_that_do_not_suit_the_network_are_refused(
     make_spec: Callable[..., ModelSpec], model: str, size: tuple[int, int]
 ) -> None:
     with pytest.raises(RequestError, match=f"multiples of 32, and {size[0]}x{size[1]} came"):
-        export_network(create(model, 11), make_spec(model, size=size))
+        export_network(create_semantic(model, 11), make_spec(model, size=size))
 
 
 @pytest.mark.parametrize("place", ["nowhere/model.onnx", "file/model.onnx", "folder"])

@@ -23,7 +23,7 @@ from edgeseg.cli import main
 from edgeseg.dataset import open_dataset
 from edgeseg.errors import EngineError, RequestError, WeightsError
 from edgeseg.export import package
-from edgeseg.export.models import SemanticNetwork, create
+from edgeseg.export.models import SemanticNetwork, create, create_semantic
 from edgeseg.export.package import ExportRequest, export_bundle
 from edgeseg.export.verify import verify
 from edgeseg.export.weights import read_weights
@@ -40,7 +40,7 @@ def request(checkpoint: Path | str, **changes: Any) -> ExportRequest:
 def checkpoint(tmp_path: Path, tiny_definition: str, lively: Lively) -> Path:
     """Weights of the small network with CamVid's classes."""
     path = tmp_path / "mine.pt"
-    torch.save({"state_dict": lively(create(tiny_definition, 11), 1).state_dict()}, path)
+    torch.save({"state_dict": lively(create_semantic(tiny_definition, 11), 1).state_dict()}, path)
     return path
 
 
@@ -143,7 +143,7 @@ def test_the_real_models_go_all_the_way(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     checkpoint = tmp_path / "model.pth"
-    network = lively(create(architecture, 11, auxiliary_heads=True), 2)
+    network = lively(create_semantic(architecture, 11, auxiliary_heads=True), 2)
     torch.save({f"module.{k}": v for k, v in network.state_dict().items()}, checkpoint)
     target = tmp_path / "street"
     code = main(

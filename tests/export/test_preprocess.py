@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgeseg.dataset import open_dataset
-from edgeseg.export.models import SemanticNetwork, create
+from edgeseg.export.models import create, create_semantic
 from edgeseg.export.preprocess import class_map_of, evaluate_network, network_input
 from edgeseg.spec import Preprocessing
 
@@ -60,7 +60,7 @@ def test_at_network_size_nothing_is_resized() -> None:
 
 
 def test_evaluation_counts_every_labelled_pixel(camvid: str, tiny_definition: str) -> None:
-    network: SemanticNetwork = create(tiny_definition, 11)
+    network = create_semantic(tiny_definition, 11)
     with torch.no_grad():
         # Class 0 everywhere.
         network.get_parameter("classify.weight").zero_()

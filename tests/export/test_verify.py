@@ -22,7 +22,7 @@ from edgeseg.bundle import Bundle
 from edgeseg.engine import available_engines
 from edgeseg.errors import EngineError, RequestError
 from edgeseg.export.models import SemanticNetwork
-from edgeseg.export.verify import TIE, verify
+from edgeseg.export.verify import TIE, Comparison, verify
 
 if TYPE_CHECKING:
     from tests.export.conftest import Exportation
@@ -56,6 +56,7 @@ def test_a_true_export_passes_on_every_engine(exported: Export, model: str) -> N
     assert [(entry.engine, entry.head) for entry in found.comparisons] == RUNS
     assert seen == [(done, len(RUNS)) for done in range(1, len(RUNS) + 1)]
     for entry in found.comparisons:
+        assert isinstance(entry, Comparison)
         assert entry.pixels == 2 * 64 * 96
         assert entry.beyond_ties == 0
         assert entry.largest_margin <= TIE
@@ -109,6 +110,7 @@ def test_ties_are_counted_and_are_no_fault(exported: Export) -> None:
         other.get_parameter("classify.bias")[::2] += TIE / 3
     found = verify(other, Bundle.open(made.path), pictures(*[(64, 96)] * 8), "noise")
     for entry in found.comparisons:
+        assert isinstance(entry, Comparison)
         assert entry.differing > 0
         assert entry.beyond_ties == 0
         assert 0 < entry.largest_margin <= TIE
@@ -126,7 +128,8 @@ def test_logits_that_are_no_numbers_are_no_tie(exported: Export) -> None:
 def test_one_class_has_no_rival(exported: Export) -> None:
     made = exported("tiny", num_classes=1)
     found = verify(made.network, Bundle.open(made.path), pictures((64, 96)), "noise")
-    assert all(entry.differing == 0 for entry in found.comparisons)
+    for entry in found.comparisons:
+        assert isinstance(entry, Comparison) and entry.differing == 0
 
 
 def test_nothing_to_look_at_proves_nothing(exported: Export) -> None:

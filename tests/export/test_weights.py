@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edgeseg.bundle import Bundle
 from edgeseg.errors import WeightsError
-from edgeseg.export.models import SemanticNetwork, create
+from edgeseg.export.models import SemanticNetwork, create, create_semantic
 from edgeseg.export.weights import load_weights, read_weights, save_weights
 
 if TYPE_CHECKING:
@@ -97,10 +97,10 @@ def test_files_in_the_old_format_load(
 
 @pytest.mark.parametrize("name", ["bisenetv1", "bisenetv2"])
 def test_training_heads_may_be_absent_or_extra(name: str) -> None:
-    bare, full = create(name, 3), create(name, 3, auxiliary_heads=True)
+    bare, full = create_semantic(name, 3), create_semantic(name, 3, auxiliary_heads=True)
     load_weights(bare, full.state_dict())
     check(bare, dict(full.state_dict()))
-    fresh = create(name, 3, auxiliary_heads=True)
+    fresh = create_semantic(name, 3, auxiliary_heads=True)
     kept = {k: v.clone() for k, v in fresh.state_dict().items() if k not in bare.state_dict()}
     load_weights(fresh, bare.state_dict())
     check(fresh, dict(bare.state_dict()) | kept)
@@ -310,7 +310,7 @@ def test_the_real_models_come_back_too(
     exported: Callable[..., Exportation], architecture: str
 ) -> None:
     made = exported(architecture)
-    network = load_weights(create(architecture, 11), made.path)
+    network = load_weights(create_semantic(architecture, 11), made.path)
     check(network, dict(made.network.state_dict()))
 
 
