@@ -349,6 +349,11 @@ def _calibrated(
 
 
 def _checked_model(request: QuantizeRequest, bundle: Bundle) -> onnx.ModelProto:
+    if bundle.spec.task != "semantic":
+        raise CalibrationError(
+            f"{request.bundle} finds instances, and only models that give a class to every pixel "
+            "can be quantized so far; run it in floating point"
+        )
     if bundle.model.is_quantized():
         raise CalibrationError(
             f"{request.bundle} is quantized already; give the floating-point bundle it came from"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgeseg.errors import WeightsError
 from edgeseg.export.models.backbones import (
     Backbone,
     BasicBlock,
@@ -159,6 +160,16 @@ class Yolact(InstanceNetwork):
     )
     mask_extent: ClassVar[Literal["image", "box"]] = "image"
     raw_names: ClassVar[tuple[str, ...]] = ("loc", "conf", "mask", "proto")
+
+    @classmethod
+    def current_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See ``Network.current_names``; WeightsError for a checkpoint of YOLACT++."""
+        if any("conv_offset_mask" in key for key in state):
+            raise WeightsError(
+                "this is a checkpoint of YOLACT++, whose deformable convolutions EdgeSeg does not "
+                "export; take the YOLACT checkpoint of the same backbone"
+            )
+        return dict(state)
 
     def __init__(
         self, backbone: Backbone, num_classes: int, *, auxiliary_heads: bool = False

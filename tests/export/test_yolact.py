@@ -83,6 +83,15 @@ def test_what_published_checkpoints_hold_besides_is_passed_over() -> None:
         load_weights(network, {**state, "backbone.layers.4.0.conv1.weight": torch.zeros(1)})
 
 
+def test_yolact_plus_plus_is_named(parity: Packs) -> None:
+    keys = parity("yolact_plus_resnet50").pack["keys"]
+    state = {key: torch.zeros(shape, device="meta") for key, shape in keys.items()}
+    with torch.device("meta"):
+        network = yolact("yolact_resnet50", 81)
+    with pytest.raises(WeightsError, match=r"a checkpoint of YOLACT\+\+.* of the same backbone"):
+        load_weights(network, state)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_classes_are_counted_from_a_checkpoint(name: str) -> None:
     with torch.device("meta"):
