@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import RequestError
 from edgeseg.kernels.library import check_status, checked_threads, load
-from edgeseg.kernels.masks import MAX_RLE_AREA, CocoRle, FrameGeometry, launched_fit
+from edgeseg.kernels.masks import CocoRle, FrameGeometry, launched_fit, written_rles
 
 __all__ = ["MaskGrid", "level_bits", "level_regions", "level_rles"]
 
@@ -141,35 +141,19 @@ def level_rles(
     Frames below 2^32 pixels. The first attempt has ``room`` bytes for all texts, 0 for a guess.
     """
     fit = launched_fit(geometry)
-    if fit.frame_height * fit.frame_width > MAX_RLE_AREA:
-        raise RequestError(
-            f"run lengths are for frames below 2^32 pixels, got {fit.frame_height} x "
-            f"{fit.frame_width}; take packed bits."
-        )
-    count = len(grid.levels)
-    spans = np.empty((count, 2), np.int64)
-    needed = ctypes.c_int64()
-    room = room or 64 + count * (64 + 4 * fit.frame_width)
-    while True:
-        text = np.empty(room, np.uint8)
-        status = load().edgeseg_level_runs(
+    return written_rles(
+        "level_runs",
+        lambda *places: load().edgeseg_level_runs(
             ctypes.byref(grid._launched()),
             ctypes.byref(fit),
-            text.ctypes.data,
-            room,
-            spans.ctypes.data,
-            ctypes.byref(needed),
+            *places,
             flags,
             checked_threads(threads),
-        )
-        check_status("level_runs", status)
-        if needed.value <= room:
-            break
-        room = needed.value
-    size = (fit.frame_height, fit.frame_width)
-    return [
-        CocoRle(size=list(size), counts=text[begin:end].tobytes()) for begin, end in spans.tolist()
-    ]
+        ),
+        len(grid.levels),
+        fit,
+        room,
+    )
 
 
 def _check(name: str, array: Any, element: type[np.generic], axes: int, last: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -186,31 +187,46 @@ def _run_rles(
     """``assemble_mask_rles`` with the library's ``flags``; the first attempt has ``room`` bytes."""
     features = _features(prototypes)
     fit = launched_fit(geometry)
+    instances = _instances(coefficients, boxes, features.channels, (fit.height, fit.width))
+    level = _checked_threshold(threshold)
+    return written_rles(
+        "mask_runs",
+        lambda *places: load().edgeseg_mask_runs(
+            ctypes.byref(features),
+            ctypes.byref(instances),
+            ctypes.byref(fit),
+            level,
+            *places,
+            flags,
+            checked_threads(threads),
+        ),
+        instances.capacity,
+        fit,
+        room,
+    )
+
+
+def written_rles(
+    name: str, write: Callable[..., int], count: int, fit: FrameFit, room: int
+) -> list[CocoRle]:
+    """``count`` run lengths that the library's function ``name`` writes.
+
+    ``write`` takes the address of the texts, their room in bytes, the address of the spans and a
+    reference to the bytes needed; it returns the status. ``room``: of the first attempt, 0 for a
+    guess. RequestError for a frame of 2^32 pixels or more.
+    """
     if fit.frame_height * fit.frame_width > MAX_RLE_AREA:
         raise RequestError(
             f"run lengths are for frames below 2^32 pixels, got {fit.frame_height} x "
             f"{fit.frame_width}; take packed bits."
         )
-    instances = _instances(coefficients, boxes, features.channels, (fit.height, fit.width))
-    spans = np.empty((instances.capacity, 2), np.int64)
+    spans = np.empty((count, 2), np.int64)
     needed = ctypes.c_int64()
     # Enough for two runs in every column of a frame; the second attempt always fits.
-    room = room or 64 + instances.capacity * (64 + 4 * fit.frame_width)
+    room = room or 64 + count * (64 + 4 * fit.frame_width)
     while True:
         text = np.empty(room, np.uint8)
-        status = load().edgeseg_mask_runs(
-            ctypes.byref(features),
-            ctypes.byref(instances),
-            ctypes.byref(fit),
-            _checked_threshold(threshold),
-            text.ctypes.data,
-            room,
-            spans.ctypes.data,
-            ctypes.byref(needed),
-            flags,
-            checked_threads(threads),
-        )
-        check_status("mask_runs", status)
+        check_status(name, write(text.ctypes.data, room, spans.ctypes.data, ctypes.byref(needed)))
         if needed.value <= room:
             break
         room = needed.value

@@ -7,7 +7,7 @@ dbolya/yolact checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -27,8 +27,8 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
 
-def _norm_after(convolution: nn.Conv2d) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(convolution.out_channels)
+#: what makes a normalisation of so many channels
+Norm = Callable[[int], nn.Module]
 
 
 class Bottleneck(nn.Module):
@@ -36,17 +36,19 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+    def __init__(
+        self, in_channels: int, width: int, stride: int, norm: Norm = nn.BatchNorm2d
+    ) -> None:
         super().__init__()
         out_channels = width * self.expansion
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = norm(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = norm(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.bn3 = norm(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = _shortcut(in_channels, out_channels, stride)
+        self.downsample = _shortcut(in_channels, out_channels, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, H, W) -> (N, 4 width, ceil(H / stride), ceil(W / stride))."""
@@ -79,11 +81,14 @@ class BasicBlock(nn.Module):
         return out
 
 
-def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+def _shortcut(
+    in_channels: int, out_channels: int, stride: int, norm: Norm = nn.BatchNorm2d
+) -> nn.Sequential | None:
     if stride == 1 and in_channels == out_channels:
         return None
-    convolution = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-    return nn.Sequential(convolution, _norm_after(convolution))
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels)
+    )
 
 
 class ResNet(Backbone):

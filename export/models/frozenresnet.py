@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgeseg.export.models.backbones import Bottleneck
+
 __all__ = ["LEVELS", "FrozenBatchNorm", "PyramidBackbone"]
 
 #: names of the levels that the pyramid gives, strides 4, 8, 16, 32, 64
@@ -43,35 +45,6 @@ class FrozenBatchNorm(nn.Module):
         )
 
 
-class Bottleneck(nn.Module):
-    """Residual block of 1x1, 3x3 (with the stride) and 1x1 convolutions; four times as wide out."""
-
-    expansion = 4
-
-    def __init__(self, in_channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        out_channels = width * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.bn1 = FrozenBatchNorm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.bn2 = FrozenBatchNorm(width)
-        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
-        self.bn3 = FrozenBatchNorm(out_channels)
-        self.downsample: nn.Sequential | None = None
-        if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-                FrozenBatchNorm(out_channels),
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in, H, W) -> (N, 4 width, ceil(H / stride), ceil(W / stride))."""
-        y = functional.relu(self.bn1(self.conv1(x)))
-        y = functional.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return functional.relu(y + (x if self.downsample is None else self.downsample(x)))
-
-
 class FrozenResNet(nn.Module):
     """Four stages of bottlenecks, the first ``width`` wide, with ``blocks`` in each."""
 
@@ -85,7 +58,7 @@ class FrozenResNet(nn.Module):
             made = []
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
-                made.append(Bottleneck(channels, width << stage, stride))
+                made.append(Bottleneck(channels, width << stage, stride, FrozenBatchNorm))
                 channels = (width << stage) * Bottleneck.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*made))
             self.channels.append(channels)

@@ -312,6 +312,24 @@ void encode_runs(int32_t height, int32_t width, Span columns, Workspace* work) {
   }
 }
 
+// Texts of run lengths that several threads write: in any order, as far as `room` bytes go.
+struct RunTexts {
+  uint8_t* text;
+  int64_t room;
+  int64_t* spans;  // of each mask: where its text begins and ends
+  std::atomic<int64_t> used{0};
+
+  // The text of mask `k`, whose turns are in `work`.
+  void add(int32_t k, const edgeseg::FrameFit& fit, Span columns, Workspace* work) {
+    encode_runs(fit.frame_height, fit.frame_width, columns, work);
+    const int64_t size = static_cast<int64_t>(work->text.size());
+    const int64_t begin = used.fetch_add(size);
+    if (begin + size <= room) memcpy(text + begin, work->text.data(), size);
+    spans[2 * k] = begin;
+    spans[2 * k + 1] = begin + size;
+  }
+};
+
 // The loops of one instruction set.
 struct Loops {
   int32_t lanes;
@@ -724,7 +742,7 @@ EDGESEG_EXPORT int32_t edgeseg_mask_runs(const edgeseg::Features* prototypes,
       static_cast<int64_t>(fit->frame_height) * fit->frame_width >= int64_t{1} << 32) {
     return kBadArgument;
   }
-  std::atomic<int64_t> used{0};
+  RunTexts texts{text, room, spans};
   const int32_t status = for_instances(
       *prototypes, *instances, fit, threshold, flags, threads,
       [&](const Job& job, const Loops& loops, int32_t k) {
@@ -739,15 +757,10 @@ EDGESEG_EXPORT int32_t edgeseg_mask_runs(const edgeseg::Features* prototypes,
           loops.fill_patch(job, k, &patch);
           loops.find_turns(job, patch, work);
         }
-        encode_runs(fit->frame_height, fit->frame_width, columns, work);
-        const int64_t size = static_cast<int64_t>(work->text.size());
-        const int64_t begin = used.fetch_add(size);
-        if (begin + size <= room) memcpy(text + begin, work->text.data(), size);
-        spans[2 * k] = begin;
-        spans[2 * k + 1] = begin + size;
+        texts.add(k, *fit, columns, work);
         return kOk;
       });
-  *needed = used.load();
+  *needed = texts.used.load();
   return status;
 }
 
@@ -816,29 +829,23 @@ EDGESEG_EXPORT int32_t edgeseg_level_runs(const LevelMasks* masks, const edgeseg
       static_cast<int64_t>(fit->frame_height) * fit->frame_width >= int64_t{1} << 32) {
     return kBadArgument;
   }
-  std::atomic<int64_t> used{0};
-  const int32_t status =
-      for_levels(*masks, *fit, flags, threads,
-                 [&](const LevelJob& levels, const Job& job, const Loops& loops, int32_t k,
-                     const Placed& placed) {
-                   Workspace* work = workspace();
-                   work->turns.clear();
-                   Span columns = {0, 0};
-                   if (!placed.is_empty()) {
-                     columns = placed.columns;
-                     Patch patch;
-                     patch.place(placed.crop, work);
-                     levels.fill(k, &patch);
-                     loops.find_turns(job, patch, work);
-                   }
-                   encode_runs(fit->frame_height, fit->frame_width, columns, work);
-                   const int64_t size = static_cast<int64_t>(work->text.size());
-                   const int64_t begin = used.fetch_add(size);
-                   if (begin + size <= room) memcpy(text + begin, work->text.data(), size);
-                   spans[2 * k] = begin;
-                   spans[2 * k + 1] = begin + size;
-                   return kOk;
-                 });
-  *needed = used.load();
+  RunTexts texts{text, room, spans};
+  const int32_t status = for_levels(*masks, *fit, flags, threads,
+                                    [&](const LevelJob& levels, const Job& job, const Loops& loops,
+                                        int32_t k, const Placed& placed) {
+                                      Workspace* work = workspace();
+                                      work->turns.clear();
+                                      Span columns = {0, 0};
+                                      if (!placed.is_empty()) {
+                                        columns = placed.columns;
+                                        Patch patch;
+                                        patch.place(placed.crop, work);
+                                        levels.fill(k, &patch);
+                                        loops.find_turns(job, patch, work);
+                                      }
+                                      texts.add(k, *fit, columns, work);
+                                      return kOk;
+                                    });
+  *needed = texts.used.load();
   return status;
 }
