@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
 
 import torch
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Heads",
+    "Priors",
     "Yolact",
     "YolactDarknet53",
     "YolactMobileNetV2",
@@ -43,17 +44,63 @@ __all__ = [
     "YolactResNet101",
     "decoded",
     "mask_probabilities",
-    "priors_of",
     "selected",
 ]
 
-#: width of a prior over its size, squared
-_RATIOS = (1.0, 0.5, 2.0)
 #: sizes of the priors in pixels of a 550 input, level P3 to P7
 _SIZES = (24, 48, 96, 192, 384)
 _SIZES_AT = 550
 _PROTOTYPES = 32
-_WIDTH = 256
+
+
+@dataclass(frozen=True)
+class Priors:
+    """Boxes around the centre of every cell, which the network's boxes are told relative to.
+
+    A cell has one for each of ``scales``, and of these for each of ``ratios``, which are width over
+    height. ``square``: as wide, and as high as wide, which is what the published YOLACT does.
+    """
+
+    ratios: tuple[float, ...] = (1.0, 0.5, 2.0)
+    scales: tuple[float, ...] = (1.0,)
+    square: bool = False
+
+    @property
+    def per_cell(self) -> int:
+        """Boxes around each centre."""
+        return len(self.ratios) * len(self.scales)
+
+    def of(self, levels: Sequence[tuple[int, int]], height: int, width: int) -> Tensor:
+        """Those of all levels: (A, 4) float32 centre x, centre y, width, height, relative.
+
+        ``levels``: cells (rows, columns) of each, for an input of ``height`` x ``width`` pixels.
+        Rows, then columns, then scales, then ratios. At other sizes than 550 the base sizes are
+        scaled with the input's side, where the input is not square the square root of its area; the
+        published YOLACT cuts them to whole pixels.
+        """
+        side = math.sqrt(height * width)
+        ratios = torch.tensor(self.ratios, dtype=torch.float64).sqrt()
+        scales = torch.tensor(self.scales, dtype=torch.float64)
+        parts = []
+        for (rows, columns), size in zip(levels, _SIZES, strict=True):
+            base = size * side / _SIZES_AT
+            sizes = scales * (max(math.floor(base), 1) if self.square else base)
+            widths = (sizes[:, None] * ratios).flatten()
+            heights = widths if self.square else (sizes[:, None] / ratios).flatten()
+            y = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
+            x = (torch.arange(columns, dtype=torch.float64) + 0.5) / columns
+            shape = (rows, columns, self.per_cell)
+            part = torch.stack(
+                [
+                    x[None, :, None].expand(shape),
+                    y[:, None, None].expand(shape),
+                    (widths / width).expand(shape),
+                    (heights / height).expand(shape),
+                ],
+                dim=-1,
+            )
+            parts.append(part.reshape(-1, 4))
+        return torch.cat(parts).float()
 
 
 class _Predictions(TypedDict):
@@ -83,17 +130,17 @@ class Heads(_Predictions, total=False):
 class FeaturePyramid(nn.Module):
     """FPN of levels P3 to P7 from C3 to C5 (Lin et al. 2017, with two strided convolutions)."""
 
-    def __init__(self, channels: Sequence[int]) -> None:
+    def __init__(self, channels: Sequence[int], width: int) -> None:
         super().__init__()
         # From the top of the pyramid down, as the checkpoints name them.
-        self.lat_layers = nn.ModuleList(nn.Conv2d(c, _WIDTH, 1) for c in reversed(channels))
-        self.pred_layers = nn.ModuleList(nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1) for _ in channels)
+        self.lat_layers = nn.ModuleList(nn.Conv2d(c, width, 1) for c in reversed(channels))
+        self.pred_layers = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels)
         self.downsample_layers = nn.ModuleList(
-            nn.Conv2d(_WIDTH, _WIDTH, 3, stride=2, padding=1) for _ in range(2)
+            nn.Conv2d(width, width, 3, stride=2, padding=1) for _ in range(2)
         )
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """C3, C4, C5 -> P3 to P7, (N, 256, h, w) each."""
+        """C3, C4, C5 -> P3 to P7, (N, width, h, w) each."""
         levels: list[Tensor] = []
         x: Tensor | None = None
         for feature, lateral, predict in zip(
@@ -115,19 +162,16 @@ class FeaturePyramid(nn.Module):
 class PredictionHead(nn.Module):
     """Boxes, classes and coefficients of one level; all levels share it."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, width: int, anchors: int) -> None:
         super().__init__()
         self._num_classes = num_classes
-        self.upfeature = nn.Sequential(
-            nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1), nn.ReLU(inplace=True)
-        )
-        anchors = len(_RATIOS)
-        self.bbox_layer = nn.Conv2d(_WIDTH, anchors * 4, 3, padding=1)
-        self.conf_layer = nn.Conv2d(_WIDTH, anchors * num_classes, 3, padding=1)
-        self.mask_layer = nn.Conv2d(_WIDTH, anchors * _PROTOTYPES, 3, padding=1)
+        self.upfeature = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True))
+        self.bbox_layer = nn.Conv2d(width, anchors * 4, 3, padding=1)
+        self.conf_layer = nn.Conv2d(width, anchors * num_classes, 3, padding=1)
+        self.mask_layer = nn.Conv2d(width, anchors * _PROTOTYPES, 3, padding=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, 256, h, w) -> (N, 3hw, 4), (N, 3hw, classes), (N, 3hw, 32) after tanh."""
+        """(N, width, h, w) -> (N, A, 4), (N, A, classes), (N, A, 32) after tanh; A = anchors hw."""
         x = self.upfeature(x)
         return (
             _rows(self.bbox_layer(x), 4),
@@ -160,6 +204,10 @@ class Yolact(InstanceNetwork):
     )
     mask_extent: ClassVar[Literal["image", "box"]] = "image"
     raw_names: ClassVar[tuple[str, ...]] = ("loc", "conf", "mask", "proto")
+    #: boxes around the centre of every cell
+    boxes: ClassVar[Priors] = Priors(square=True)
+    #: channels of the pyramid and of the heads
+    width: ClassVar[int] = 256
 
     @classmethod
     def current_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -178,30 +226,33 @@ class Yolact(InstanceNetwork):
         self.num_classes = num_classes
         self.selection = Selection()
         self.backbone = backbone
-        self.fpn = FeaturePyramid(backbone.channels)
+        width = self.width
+        self.fpn = FeaturePyramid(backbone.channels, width)
         self.proto_net = nn.Sequential(
-            nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1),
+            nn.Conv2d(width, width, 3, padding=1),
             nn.ReLU(inplace=True),
-            nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1),
+            nn.Conv2d(width, width, 3, padding=1),
             nn.ReLU(inplace=True),
-            nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1),
+            nn.Conv2d(width, width, 3, padding=1),
             nn.ReLU(inplace=True),
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
             nn.ReLU(inplace=True),
-            nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1),
+            nn.Conv2d(width, width, 3, padding=1),
             nn.ReLU(inplace=True),
-            nn.Conv2d(_WIDTH, _PROTOTYPES, 1),
+            nn.Conv2d(width, _PROTOTYPES, 1),
             nn.ReLU(inplace=True),
         )
-        self.prediction_layers = nn.ModuleList([PredictionHead(num_classes)])
-        self.semantic_seg_conv = nn.Conv2d(_WIDTH, num_classes - 1, 1) if auxiliary_heads else None
+        self.prediction_layers = nn.ModuleList(
+            [PredictionHead(num_classes, width, self.boxes.per_cell)]
+        )
+        self.semantic_seg_conv = nn.Conv2d(width, num_classes - 1, 1) if auxiliary_heads else None
         initialise(backbone)
         _initialise_heads(self)
 
     @classmethod
     def classes_in(cls, state: Mapping[str, Tensor]) -> int:
-        """See ``Network.classes_in``: the classifier has as many rows for each ratio."""
-        return int(state[cls.classifier].shape[0]) // len(_RATIOS)
+        """See ``Network.classes_in``: the classifier has as many rows for each prior of a cell."""
+        return int(state[cls.classifier].shape[0]) // cls.boxes.per_cell
 
     def mask_size(self, height: int, width: int) -> tuple[int, int]:
         """See ``InstanceNetwork.mask_size``: twice the cells at 1/8."""
@@ -216,7 +267,7 @@ class Yolact(InstanceNetwork):
             loc=loc,
             conf=conf,
             mask=mask,
-            priors=priors_of(sizes, x.shape[-2], x.shape[-1]).to(x),
+            priors=self.boxes.of(sizes, x.shape[-2], x.shape[-1]).to(x),
             proto=self.proto_net(levels[0]).permute(0, 2, 3, 1),
         )
         if self.training and self.semantic_seg_conv is not None:
@@ -230,7 +281,7 @@ class Yolact(InstanceNetwork):
 
     def priors(self, height: int, width: int) -> Tensor:
         """The priors of an input of ``height`` x ``width``, as in ``Heads``."""
-        return priors_of(_level_sizes(height, width), height, width)
+        return self.boxes.of(_level_sizes(height, width), height, width)
 
     def raw(self, x: Tensor) -> tuple[Tensor, ...]:
         """loc, conf, mask of ``Heads``, and the prototypes as (N, 32, h, w)."""
@@ -294,8 +345,13 @@ class YolactDarknet53(Yolact):
 
 
 class YolactResNet18(Yolact):
-    """YOLACT over ResNet-18, for small boards; there is no published checkpoint."""
+    """YOLACT over ResNet-18, for small boards, with narrower heads; EdgeSeg's own.
 
+    With no published checkpoint to agree with, its priors have the shapes their ratios say.
+    """
+
+    boxes: ClassVar[Priors] = Priors()
+    width: ClassVar[int] = 96
     image_convolutions: ClassVar[tuple[str, ...]] = ("backbone.conv1.weight",)
 
     def __init__(self, num_classes: int, *, auxiliary_heads: bool = False) -> None:
@@ -304,8 +360,13 @@ class YolactResNet18(Yolact):
 
 
 class YolactMobileNetV2(Yolact):
-    """YOLACT over MobileNetV2, for small boards; there is no published checkpoint."""
+    """YOLACT over MobileNetV2, for small boards, with narrower heads; EdgeSeg's own.
 
+    With no published checkpoint to agree with, its priors have the shapes their ratios say.
+    """
+
+    boxes: ClassVar[Priors] = Priors()
+    width: ClassVar[int] = 96
     image_convolutions: ClassVar[tuple[str, ...]] = ("backbone.stem.0.weight",)
 
     def __init__(self, num_classes: int, *, auxiliary_heads: bool = False) -> None:
@@ -324,35 +385,6 @@ def _initialise_heads(network: Yolact) -> None:
 def _level_sizes(height: int, width: int) -> list[tuple[int, int]]:
     """Cells (rows, columns) of P3 to P7."""
     return [(-(-height // step), -(-width // step)) for step in (8, 16, 32, 64, 128)]
-
-
-def priors_of(levels: Sequence[tuple[int, int]], height: int, width: int) -> Tensor:
-    """Priors of all levels: (A, 4) float32 centre x, centre y, width, height, relative.
-
-    ``levels``: cells (rows, columns) of each. Rows, then columns, then ratios. The published
-    network makes every prior square, and at other sizes than 550 takes base sizes that are scaled
-    with the input's side and cut to whole pixels; where the input is not square, that side is the
-    square root of its area.
-    """
-    side = math.sqrt(height * width)
-    ratios = torch.tensor(_RATIOS, dtype=torch.float64).sqrt()
-    parts = []
-    for (rows, columns), size in zip(levels, _SIZES, strict=True):
-        pixels = ratios * max(math.floor(size * side / _SIZES_AT), 1)
-        y = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
-        x = (torch.arange(columns, dtype=torch.float64) + 0.5) / columns
-        shape = (rows, columns, len(_RATIOS))
-        part = torch.stack(
-            [
-                x[None, :, None].expand(shape),
-                y[:, None, None].expand(shape),
-                (pixels / width).expand(shape),
-                (pixels / height).expand(shape),
-            ],
-            dim=-1,
-        )
-        parts.append(part.reshape(-1, 4))
-    return torch.cat(parts).float()
 
 
 def decoded(loc: Tensor, priors: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from edgeseg.errors import RequestError, WeightsError
 from edgeseg.export.models import Yolact, create, definition
 from edgeseg.export.models.instance import FoundInstances
 from edgeseg.export.models.selection import Selection
-from edgeseg.export.models.yolact import decoded, mask_probabilities, priors_of, selected
+from edgeseg.export.models.yolact import Priors, decoded, mask_probabilities, selected
 from edgeseg.export.preprocess import network_input
 from edgeseg.export.weights import load_weights
 
@@ -218,24 +218,33 @@ def test_boxes_and_masks_at_picture_size_are_those_of_the_pack(
 
 
 @pytest.mark.parametrize(("height", "width"), [(550, 550), (138, 170), (64, 64), (400, 711)])
-def test_priors_are_those_of_a_plain_loop(height: int, width: int) -> None:
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 2 ** (1 / 3), 2 ** (2 / 3))])
+@pytest.mark.parametrize("square", [True, False])
+def test_priors_are_those_of_a_plain_loop(
+    height: int, width: int, scales: tuple[float, ...], square: bool
+) -> None:
     levels = [(-(-height // step), -(-width // step)) for step in (8, 16, 32, 64, 128)]
     rows = []
     for (cells_y, cells_x), size in zip(levels, (24, 48, 96, 192, 384), strict=True):
-        base = max(math.floor(size * math.sqrt(height * width) / 550), 1)
+        base = size * math.sqrt(height * width) / 550
+        if square:
+            base = max(math.floor(base), 1)
         for y in range(cells_y):
             for x in range(cells_x):
-                for ratio in (1, 0.5, 2):
-                    side = base * math.sqrt(ratio)
-                    rows.append(
-                        ((x + 0.5) / cells_x, (y + 0.5) / cells_y, side / width, side / height)
-                    )
-    found = priors_of(levels, height, width)
+                for scale in scales:
+                    for ratio in (1, 0.5, 2):
+                        wide = base * scale * math.sqrt(ratio)
+                        high = wide if square else base * scale / math.sqrt(ratio)
+                        centre = ((x + 0.5) / cells_x, (y + 0.5) / cells_y)
+                        rows.append((*centre, wide / width, high / height))
+    found = Priors(scales=scales, square=square).of(levels, height, width)
     np.testing.assert_allclose(found.numpy(), np.array(rows), atol=1e-7)
 
 
 def test_priors_at_550_are_those_of_the_pack(pack: Parity) -> None:
-    pack.check("tensor.priors", yolact("yolact_resnet18", 3).priors(550, 550).numpy())
+    levels = [(cells, cells) for cells in (69, 35, 18, 9, 5)]
+    pack.check("tensor.priors", Priors(square=True).of(levels, 550, 550).numpy())
+    assert create("yolact_resnet50", 81).boxes == Priors(square=True)
 
 
 @pytest.mark.parametrize("name", ["yolact_resnet18", "yolact_mobilenetv2"])
