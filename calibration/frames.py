@@ -27,6 +27,7 @@ from edgeseg.dataset import Dataset, open_dataset
 from edgeseg.errors import CalibrationError, RequestError, SourceError
 from edgeseg.frame import Pixels
 from edgeseg.geometry import Geometry
+from edgeseg.instance_dataset import InstanceDataset
 from edgeseg.source import IMAGE_SUFFIXES, VideoSource, quiet_opencv
 from edgeseg.spec import ModelSpec
 
@@ -224,21 +225,21 @@ def open_frames(uri: str, spec: ModelSpec, *, count: int = 200) -> CalibrationFr
     )
 
 
-def check_overlap(frames: CalibrationFrames, dataset: Dataset) -> tuple[str, ...]:
+def check_overlap(frames: CalibrationFrames, dataset: Dataset | InstanceDataset) -> tuple[str, ...]:
     """Names of the calibration frames that are also pictures of ``dataset``; empty is good.
 
     Compared are the files, and the decoded pixels, so that a picture stored again without loss
     is found. One that was scaled or compressed anew is not. Reads all of ``dataset``.
     """
     held = set(dataset.hashes().values())
-    held.update(_pixels_sha256(sample.pixels) for sample in dataset)
+    held.update(_pixels_sha256(dataset.sample(index).pixels) for index in range(len(dataset)))
     pixels = frames.pixel_hashes()
     return tuple(
         name for name, sha256 in frames.hashes.items() if sha256 in held or pixels[name] in held
     )
 
 
-def overlap_error(names: Sequence[str], dataset: Dataset) -> CalibrationError:
+def overlap_error(names: Sequence[str], dataset: Dataset | InstanceDataset) -> CalibrationError:
     """The refusal of calibration frames ``names`` that `check_overlap` found in ``dataset``."""
     are = "is" if len(names) == 1 else "are"
     return CalibrationError(

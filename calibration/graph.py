@@ -7,6 +7,7 @@ the numbers that are really multiplied, so `prepared` folds all of that into the
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from edgeseg.errors import CalibrationError
 
-__all__ = ["WEIGHTED", "Graph", "Layer", "prepared"]
+__all__ = ["WEIGHTED", "Graph", "Layer", "prepared", "share_constants"]
 
 #: operators that multiply an activation by a weight; which of them become a `Layer` is told there
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -37,6 +38,8 @@ _INTEGER = frozenset(
 )
 # The first operator set whose QuantizeLinear takes one scale per channel.
 _OLDEST_OPSET = 13
+# Bytes from which on it pays to look for a constant that is the same.
+_WORTH_SHARING = 1024
 
 
 @dataclass(frozen=True)
@@ -572,3 +575,31 @@ def _channel_factors(
     if sides not in ((1,) * len(sides), (1, channels, *[1] * (len(shape) - 2))):
         return None
     return np.broadcast_to(values.ravel(), channels)
+
+
+def share_constants(model: onnx.ModelProto) -> None:
+    """Large constants of ``model`` that are the same, bit by bit, become one.
+
+    `prepared` gives each layer weights of its own. Where those of a head that looks at several
+    levels of a pyramid are still the same in the end, the file need not hold them several times.
+    """
+    first: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+    same: dict[str, str] = {}
+    kept = []
+    for tensor in model.graph.initializer:
+        if tensor.ByteSize() >= _WORTH_SHARING:
+            array = numpy_helper.to_array(tensor)
+            content = hashlib.sha256(np.ascontiguousarray(array).data).digest()
+            known = first.setdefault((tensor.data_type, tuple(tensor.dims), content), tensor.name)
+            if known != tensor.name:
+                same[tensor.name] = known
+                continue
+        kept.append(tensor)
+    if not same:
+        return
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = same.get(name, name)
+    tensors = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(tensors)

@@ -16,7 +16,7 @@ from edgeseg.calibration.ranges import Histogram
 from edgeseg.errors import CalibrationError
 from edgeseg.frame import Pixels
 
-__all__ = ["Observation", "observe", "run"]
+__all__ = ["Observation", "cut", "observe", "run"]
 
 # Largest sum of outputs that one session gives at once; more tensors mean more passes.
 _BYTES_A_PASS = 192 << 20
@@ -112,7 +112,7 @@ def opened(model: onnx.ModelProto, tensors: Sequence[str]) -> onnxruntime.Infere
     asked.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors
     )
-    _cut(asked.graph, set(tensors))
+    cut(asked.graph, set(tensors))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # The arena keeps what the largest run needed; a calibration is to fit a small machine.
@@ -122,8 +122,8 @@ def opened(model: onnx.ModelProto, tensors: Sequence[str]) -> onnxruntime.Infere
     )
 
 
-def _cut(graph: onnx.GraphProto, wanted: set[str]) -> None:
-    """Leaves the nodes and constants that ``wanted`` needs."""
+def cut(graph: onnx.GraphProto, wanted: set[str]) -> None:
+    """Leaves of ``graph`` the nodes and constants that the tensors ``wanted`` need."""
     needed = set(wanted)
     kept = []
     for node in reversed(graph.node):

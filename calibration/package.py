@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,14 @@ from onnx import helper
 
 from edgeseg import __version__
 from edgeseg.bundle import GOLDEN_KEY, SPEC_KEY, Bundle, new_bundle, tool_versions, write_manifest
+from edgeseg.calibration.accuracy import (
+    AnyDataset,
+    AnyEvaluation,
+    figure,
+    labelled,
+    title,
+)
+from edgeseg.calibration.agreement import Agreement, agreement_of
 from edgeseg.calibration.calibrate import Calibrated, Pictures, Stage, calibrate, silent
 from edgeseg.calibration.frames import (
     CalibrationFrames,
@@ -24,7 +33,13 @@ from edgeseg.calibration.frames import (
     open_frames,
     overlap_error,
 )
-from edgeseg.calibration.graph import WEIGHTED, Graph, is_standard, prepared
+from edgeseg.calibration.graph import (
+    WEIGHTED,
+    Graph,
+    is_standard,
+    prepared,
+    share_constants,
+)
 from edgeseg.calibration.half import Half, to_half
 from edgeseg.calibration.lint import Placement as Linted
 from edgeseg.calibration.lint import lint
@@ -37,13 +52,13 @@ from edgeseg.calibration.sensitivity import (
     damages,
     search,
 )
-from edgeseg.dataset import Dataset, open_dataset
+from edgeseg.dataset import Sample
 from edgeseg.engine import cpu_engine, cpu_engines, open_engine
 from edgeseg.engine.onnxruntime import recorded_golden
 from edgeseg.errors import CalibrationError, EdgeSegError, RequestError
-from edgeseg.evaluate import Evaluation, check_classes
 from edgeseg.frame import Pixels
-from edgeseg.golden import INT8_AGREEMENT
+from edgeseg.golden import INT8_AGREEMENT, INT8_INSTANCE_AGREEMENT
+from edgeseg.result import AnyOutputs
 
 __all__ = ["QuantizeRequest", "Quantized", "Trainer", "layer_names", "quantize_bundle"]
 
@@ -75,10 +90,11 @@ class QuantizeRequest:
     """What to quantize, with what, and how good it has to be.
 
     ``bundle``: any that is not quantized. ``calibration``: URIs of frames (see ``open_frames``).
-    ``data`` and ``split``: labelled pictures to measure on; needed for ``max_drop``, the points of
-    mIoU (0 to 100) that may be lost. ``allow_overlap``: go on, and record it, when calibration
-    frames are also evaluation pictures. ``name``: None for that of the target. ``sensitivity``:
-    measure the damage of each layer even if the budget does not need it.
+    ``data`` and ``split``: labelled pictures to measure on; needed for ``max_drop``, the points
+    (0 to 100) of mIoU, or of AP for an instance model, that may be lost. ``allow_overlap``: go on,
+    and record it, when calibration frames are also evaluation pictures. ``name``: None for that of
+    the target. ``sensitivity``: measure the damage of each layer even if the budget does not need
+    it.
     """
 
     bundle: str
@@ -102,25 +118,28 @@ class QuantizeRequest:
         if self.max_drop is not None and self.data is None:
             raise RequestError(
                 "a budget is proven on labelled pictures; name them with --data, as in "
-                "--data camvid:DIR, or leave --max-drop out"
+                "--data camvid:DIR or coco:DIR, or leave --max-drop out"
             )
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise RequestError(
-                f"--max-drop is in points of mIoU, 0 to 100, and {self.max_drop:g} came"
+                f"--max-drop is in points of mIoU or AP, 0 to 100, and {self.max_drop:g} came"
             )
 
 
 @dataclass(frozen=True)
 class Quantized:
     """The finished bundle. ``floats``: layers left in floating point, of ``layers``. ``agreement``:
-    share of pixels, 0 to 1, with the class of the fp32 model, on calibration frames. ``accuracy``:
-    (fp32, INT8) on the labelled data, or None. ``notes``: what the frames gave cause to say."""
+    share, 0 to 1, of the pixels with the class of the fp32 model, on calibration frames, or of the
+    instances that both find (see `agreement_of`), NaN where there are none. ``heads``: for an
+    instance model the error of each raw head (see `Heads.errors`), else empty. ``accuracy``: (fp32,
+    INT8) on the labelled data, or None. ``notes``: what the frames gave cause to say."""
 
     path: Path
     layers: int
     floats: tuple[str, ...]
     agreement: float
-    accuracy: tuple[Evaluation, Evaluation] | None
+    heads: Mapping[str, float]
+    accuracy: tuple[AnyEvaluation, AnyEvaluation] | None
     placement: Linted
     notes: tuple[str, ...]
 
@@ -130,7 +149,8 @@ class Quantized:
             "bundle": str(self.path),
             "layers": self.layers,
             "floats": list(self.floats),
-            "agreement": self.agreement,
+            "agreement": _plain(self.agreement),
+            "heads": dict(self.heads),
             "accuracy": None
             if self.accuracy is None
             else {
@@ -147,13 +167,19 @@ class Quantized:
         lines = [*self.notes, f"{done} of {self.layers} layers with weights in INT8"]
         if 0 < len(self.floats) < self.layers:
             lines.append(f"in floating point: {', '.join(self.floats)}")
-        lines.append(f"{self.agreement:.2%} of pixels have the class that fp32 gives them")
+        if not self.heads:
+            lines.append(f"{self.agreement:.2%} of pixels have the class that fp32 gives them")
+        elif not math.isnan(self.agreement):
+            lines.append(f"{self.agreement:.2%} of the instances are found by both, fp32 and INT8")
+        if self.heads:
+            worst = max(self.heads, key=lambda name: self.heads[name])
+            lines.append(f"the raw heads are off by {self.heads[worst]:.2%} at most ({worst})")
         if self.accuracy is not None:
-            fp32, int8 = (found.miou * 100 for found in self.accuracy)
+            fp32, int8 = (figure(found) * 100 for found in self.accuracy)
             first = self.accuracy[0]
             lines.append(
-                f"mIoU on {first.data} {first.split}, {first.frames} pictures: {int8:.2f} % "
-                f"(fp32 {fp32:.2f} %, {int8 - fp32:+.2f} points)"
+                f"{title(first)} on {first.data} {first.split}, {first.frames} pictures: "
+                f"{int8:.2f} % (fp32 {fp32:.2f} %, {int8 - fp32:+.2f} points)"
             )
         lines.append(
             f"TensorRT would reformat {self.placement.reformats} tensors, "
@@ -176,7 +202,7 @@ def quantize_bundle(
     target: str | Path,
     *,
     trainer: Trainer | None = None,
-    shown: Dataset | None = None,
+    shown: AnyDataset | None = None,
     stage: Stage = silent,
 ) -> Quantized:
     """Writes the INT8 bundle to ``target``, whole or not at all; the original is only read.
@@ -203,11 +229,16 @@ def quantize_bundle(
             "the recipe asks for fine-tuning, which needs PyTorch; "
             "pip install 'edgeseg[export]' adds it, or leave [finetune] out"
         )
+    if recipe.finetune is not None and bundle.spec.task != "semantic":
+        raise RequestError(
+            "fine-tuning learns the classes of pixels, and "
+            f"{request.bundle} finds instances; leave --finetune (or [finetune]) out"
+        )
     # An engine that is not here, or a bundle that it cannot run, is found now.
     open_engine(bundle, request.engine, threads=request.threads).close()
-    dataset = None if request.data is None else open_dataset(request.data, request.split)
-    if dataset is not None:
-        check_classes(bundle.spec.classes, dataset.classes)
+    dataset = None
+    if request.data is not None:
+        dataset = labelled(request.data, request.split, bundle.spec)
     sets = [open_frames(uri, bundle.spec, count=recipe.frames) for uri in request.calibration]
     more: list[CalibrationFrames] = []
     if recipe.finetune is not None:
@@ -231,10 +262,11 @@ def quantize_bundle(
     halves: list[Half] = []
 
     def finish(made: onnx.ModelProto) -> onnx.ModelProto:
-        if not recipe.half:
-            return made
-        halves[:] = [to_half(made, varied)]
-        return halves[0].model
+        if recipe.half:
+            halves[:] = [to_half(made, varied)]
+            made = halves[0].model
+        share_constants(made)
+        return made
 
     laboratory = Laboratory(
         bundle,
@@ -256,10 +288,13 @@ def quantize_bundle(
             laboratory.evaluation(laboratory.layers, dataset, stage),
             laboratory.evaluation(found.floats, dataset, stage),
         )
-    agreement = 1 - laboratory.disagreement(found.floats)
+    instances = bundle.spec.task == "instance"
+    agreement = laboratory.agreement(found.floats)
+    heads = laboratory.head_errors(found.floats) if instances else {}
     made = laboratory.model(found.floats)
     spec = replace(bundle.spec, name=request.name or target.resolve().name)
-    golden = recorded_golden(made.SerializeToString(), spec, INT8_AGREEMENT)
+    promised = INT8_INSTANCE_AGREEMENT if instances else INT8_AGREEMENT
+    golden = recorded_golden(made.SerializeToString(), spec, promised)
     properties = {SPEC_KEY: spec.to_json(), GOLDEN_KEY: golden.to_json()}
     del made.metadata_props[:]
     helper.set_model_props(made, properties)
@@ -280,7 +315,10 @@ def quantize_bundle(
         verification = _verified(quantized, judged)
         layers = layer_reports(calibrated, found.floats, measured, halves, fixed=recipe.floats)
         manifest = _manifest(
-            request, bundle, sets, more, overlap, calibrated, found, accuracy, agreement, placement
+            request, bundle, sets, more, overlap, calibrated, found, accuracy, placement
+        )
+        manifest["quantization"] |= {"agreement": _plain(agreement)} | (
+            {"heads": heads} if instances else {}
         )
         QuantizationReport(
             bundle=bundle,
@@ -289,6 +327,7 @@ def quantize_bundle(
             layers=layers,
             accuracy=accuracy,
             agreement=agreement,
+            heads=heads,
             placement=placement,
             frames=tuple(sets),
             recipe=recipe,
@@ -304,12 +343,12 @@ def quantize_bundle(
         )
     shutil.rmtree(work, ignore_errors=True)
     return Quantized(
-        target, len(laboratory.layers), found.floats, agreement, accuracy, placement, notes
+        target, len(laboratory.layers), found.floats, agreement, heads, accuracy, placement, notes
     )
 
 
 def _searched(
-    request: QuantizeRequest, laboratory: Laboratory, dataset: Dataset | None, stage: Stage
+    request: QuantizeRequest, laboratory: Laboratory, dataset: AnyDataset | None, stage: Stage
 ) -> Search:
     fixed = request.recipe.floats
     if dataset is None or request.max_drop is None:
@@ -349,11 +388,6 @@ def _calibrated(
 
 
 def _checked_model(request: QuantizeRequest, bundle: Bundle) -> onnx.ModelProto:
-    if bundle.spec.task != "semantic":
-        raise CalibrationError(
-            f"{request.bundle} finds instances, and only models that give a class to every pixel "
-            "can be quantized so far; run it in floating point"
-        )
     if bundle.model.is_quantized():
         raise CalibrationError(
             f"{request.bundle} is quantized already; give the floating-point bundle it came from"
@@ -402,7 +436,7 @@ def _make(work: Path) -> None:
 
 
 def _overlap(
-    request: QuantizeRequest, sets: Sequence[CalibrationFrames], dataset: Dataset | None
+    request: QuantizeRequest, sets: Sequence[CalibrationFrames], dataset: AnyDataset | None
 ) -> tuple[str, ...]:
     if dataset is None:
         return ()
@@ -418,7 +452,7 @@ def _context(
     request: QuantizeRequest,
     bundle: Bundle,
     sets: Sequence[CalibrationFrames],
-    dataset: Dataset | None,
+    dataset: AnyDataset | None,
 ) -> str:
     """What the measurements of a run hold for, as a hash."""
     said = {
@@ -432,11 +466,17 @@ def _context(
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(dataset: Dataset) -> str:
+def _digest(dataset: AnyDataset) -> str:
     """One sha256, in hexadecimal, over all pictures and labels."""
     digest = hashlib.sha256()
-    for sample in dataset:
-        for values in (sample.pixels, sample.labels):
+    for index in range(len(dataset)):
+        sample = dataset.sample(index)
+        arrays = [sample.pixels]
+        if isinstance(sample, Sample):
+            arrays.append(sample.labels)
+        else:
+            digest.update(json.dumps([asdict(entry) for entry in sample.annotations]).encode())
+        for values in arrays:
             digest.update(f"{sample.name} {values.shape}".encode())
             digest.update(np.ascontiguousarray(values).data)
     return digest.hexdigest()
@@ -450,22 +490,27 @@ def _spread(pictures: Pictures, count: int) -> list[Pixels]:
 
 
 def _verified(quantized: Bundle, pictures: Sequence[Pixels]) -> dict[str, object]:
-    """Share of pixels on which every engine that is here agrees with the first."""
-    maps = {}
+    """How far every engine that is here agrees with the first: see `agreement_of`."""
+    found: dict[str, list[AnyOutputs]] = {}
     for name in cpu_engines():
         engine = open_engine(quantized, name)
-        maps[name] = [engine.run(pixels).class_map for pixels in pictures]
+        found[name] = [engine.run(pixels) for pixels in pictures]
         engine.close()
-    first = next(iter(maps))
+    first = next(iter(found))
     return {
         "data": "calibration frames",
         "images": len(pictures),
         "compared_with": first,
         "agreement": {
-            name: float(np.mean([np.mean(a == b) for a, b in zip(found, maps[first], strict=True)]))
-            for name, found in maps.items()
+            name: _plain(Agreement.sum(map(agreement_of, found[first], outputs)).share)
+            for name, outputs in found.items()
         },
     }
+
+
+def _plain(value: float) -> float | None:
+    """None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value
 
 
 def _manifest(
@@ -476,8 +521,7 @@ def _manifest(
     overlap: Sequence[str],
     calibrated: Calibrated,
     found: Search,
-    accuracy: tuple[Evaluation, Evaluation] | None,
-    agreement: float,
+    accuracy: tuple[AnyEvaluation, AnyEvaluation] | None,
     placement: Linted,
 ) -> dict[str, object]:
     chosen = calibrated.placement(found.floats)
@@ -505,7 +549,6 @@ def _manifest(
             "max_drop": request.max_drop,
             "layers": len(calibrated.graph.layers()),
             "floats": list(found.floats),
-            "agreement": agreement,
             "placement": placement.to_dict(),
             "calibration": [_recorded(frames) for frames in sets],
             "finetuning": [_recorded(frames) for frames in more],

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg import report as page
 from edgeseg.bundle import Bundle
+from edgeseg.calibration.accuracy import AnyDataset, AnyEvaluation, figure, figure_name, title
 from edgeseg.calibration.calibrate import Calibrated
+from edgeseg.calibration.comparison import Comparison, compared
 from edgeseg.calibration.frames import CalibrationFrames
 from edgeseg.calibration.half import Half
 from edgeseg.calibration.lint import Finding, Placement
 from edgeseg.calibration.ranges import Histogram, quantized, scale, sqnr_db
 from edgeseg.calibration.recipe import QuantizationRecipe
 from edgeseg.calibration.sensitivity import LayerDamage, Search
-from edgeseg.dataset import Dataset
-from edgeseg.draw import draw_classes
 from edgeseg.engine import open_engine
-from edgeseg.evaluate import Evaluation
-from edgeseg.frame import Pixels
+from edgeseg.evaluate import Evaluation, InstanceEvaluation
+from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
+from edgeseg.result import result_of
+from edgeseg.spec import Task
 
 __all__ = ["LayerReport", "QuantizationReport", "activation_sqnr_db", "layer_reports"]
 
@@ -36,34 +37,41 @@ Precision = Literal["INT8", "FP16", "FP32"]
 _LOWEST, _HIGHEST = -128, 127
 # Pictures of the data set that are compared, and of them (or of the calibration frames) shown.
 _COMPARED, _SHOWN = 24, 3
-# Pixels: half of the page on a laptop; the page stays small enough to be mailed.
-_PICTURE_WIDTH = 512
 # Layers in the table of damages.
 _WORST = 10
 # Findings of one rule that are named.
 _NAMED = 24
 
-# Where the masks differ, as (blue, green, red).
-_LOST, _WON, _OTHER = (0, 140, 255), (255, 170, 60), (240, 240, 240)
-
 _MINUS = "\N{MINUS SIGN}"
 
-_DEFINITIONS = (
-    "mIoU: for each class, the pixels where mask and truth have it over those where either has it; "
-    "the mean over the classes. SQNR: power of the values over power of the error that rounding "
-    "and clipping them to INT8 makes, in dB; 6 dB more is one bit more. Damage: share of the "
-    "pixels whose class changes when this layer alone is quantized. Reformat: a pass over a whole "
-    "tensor that only changes its type or scale."
+_SHARED = (
+    "SQNR: power of the values over power of the error that rounding and clipping them to INT8 "
+    "makes, in dB; 6 dB more is one bit more. Reformat: a pass over a whole tensor that only "
+    "changes its type or scale. "
 )
+_DEFINITIONS: dict[Task, str] = {
+    "semantic": (
+        "mIoU: for each class, the pixels where mask and truth have it over those where either "
+        "has it; the mean over the classes. Damage: share of the pixels whose class changes when "
+        "this layer alone is quantized. "
+    ),
+    "instance": (
+        "AP: average precision as COCO defines it, the mean over overlaps (IoU) from 0.50 to 0.95 "
+        "and over the classes. Raw heads: the numbers from which boxes, scores and masks are made. "
+        "Error of a head: mean squared difference to fp32 over the head's variance. Damage: the "
+        "mean error of the heads when this layer alone is quantized. Found by both: same class, "
+        "and boxes and masks that overlap with an IoU of 0.5 or more; instances count whose score "
+        "is 0.3 or more on either side. "
+    ),
+}
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """What became of one layer, and what its input and its weights showed.
 
-    ``damage``: share of pixels, 0 to 1, whose class changes when it alone is quantized;
-    ``cost_ms``: milliseconds a frame takes longer when it alone stays in floating point; None
-    where not measured. ``threshold``: the magnitude at which ``input`` is clipped, and
+    ``damage``: see ``LayerDamage``; ``cost_ms``: milliseconds a frame takes longer when it alone
+    stays in floating point; None where not measured. ``threshold``: the magnitude at which ``input`` is clipped, and
     ``histogram`` its values on the calibration frames. ``activation_db`` and ``weight_db``: SQNR
     of ``input`` and of the weights. For a layer left in floating point, threshold and SQNR are
     what they would be in INT8.
@@ -169,7 +177,7 @@ def _choice(
     if name in fixed or measured is None:
         reason = "left in floating point: recipe"
     else:
-        reason = f"left in floating point: budget: damage {_percent(measured.damage)} of pixels"
+        reason = f"left in floating point: budget: damage {_percent(measured.damage)}"
         if measured.cost_ms is not None:
             reason += f", costs {_plain(measured.cost_ms, 2)} ms"
     if not halves:
@@ -204,96 +212,14 @@ def activation_sqnr_db(histogram: Histogram, scale: float) -> float:
     return 10 * math.log10(signal / noise)
 
 
-@dataclass(frozen=True, eq=False)
-class _Comparison:
-    """One picture with both masks, all (height, width) of the picture; ``labels`` if known."""
-
-    name: str
-    pixels: Pixels
-    fp32: NDArray[np.uint8]
-    int8: NDArray[np.uint8]
-    labels: NDArray[np.uint8] | None
-    ignore: int
-
-    @property
-    def differing(self) -> float:
-        """Share of pixels, 0 to 1, with another class in INT8."""
-        return float(np.mean(self.fp32 != self.int8))
-
-    def right(self, class_map: NDArray[np.uint8]) -> float | None:
-        """Share of the labelled pixels that ``class_map`` has right; None without any."""
-        if self.labels is None:
-            return None
-        known = self.labels != self.ignore
-        if not known.any():
-            return None
-        return float(np.mean(class_map[known] == self.labels[known]))
-
-    @property
-    def rank(self) -> float:
-        """How bad it is: pixel accuracy lost, or the share that differs where nothing is known."""
-        before, after = self.right(self.fp32), self.right(self.int8)
-        if self.labels is None:
-            return self.differing
-        return 0.0 if before is None or after is None else before - after
-
-    def caption(self) -> str:
-        """The figures, in words."""
-        text = f"{self.name}: {_percent(self.differing)} of pixels differ"
-        before, after = self.right(self.fp32), self.right(self.int8)
-        if before is not None and after is not None:
-            text += (
-                f"; right are {_percent(before)} with fp32 and {_percent(after)} with INT8 "
-                f"({_points(after - before)} points)"
-            )
-        return text
-
-    def differences(self) -> Pixels:
-        """The picture, dark and grey, with the pixels that differ painted over it."""
-        grey = cv2.cvtColor(self.pixels, cv2.COLOR_BGR2GRAY)
-        picture: Pixels = cv2.cvtColor(  # type: ignore[assignment]
-            grey // 2, cv2.COLOR_GRAY2BGR
-        )
-        differs = self.fp32 != self.int8
-        if self.labels is None:
-            picture[differs] = _LOST
-            return picture
-        picture[differs] = _OTHER
-        # No mask has the label to ignore, so what has no truth stays as it is.
-        picture[differs & (self.fp32 == self.labels)] = _LOST
-        picture[differs & (self.int8 == self.labels)] = _WON
-        return picture
-
-    def shrunk(self) -> _Comparison:
-        """This at the width at which it is shown; narrower ones as they are."""
-        height, width = self.fp32.shape
-        if width <= _PICTURE_WIDTH:
-            return self
-        size = (_PICTURE_WIDTH, max(round(height * _PICTURE_WIDTH / width), 1))
-
-        def nearest(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
-            return cv2.resize(  # type: ignore[return-value]
-                values, size, interpolation=cv2.INTER_NEAREST
-            )
-
-        return _Comparison(
-            self.name,
-            cv2.resize(self.pixels, size, interpolation=cv2.INTER_AREA),  # type: ignore[arg-type]
-            nearest(self.fp32),
-            nearest(self.int8),
-            None if self.labels is None else nearest(self.labels),
-            self.ignore,
-        )
-
-
 @dataclass(frozen=True)
 class QuantizationReport:
     """The page about one quantization.
 
     ``bundle`` and ``quantized``: before and after. ``search``: what the budget led to. ``layers``:
-    see ``layer_reports``. ``accuracy``: (fp32, INT8) on labelled pictures. ``agreement``: share of
-    pixels, 0 to 1, with the class of fp32, on ``pictures``, which are of network size, (height,
-    width, 3) uint8 BGR. ``frames``: what it was calibrated with. ``dataset``: labelled pictures of
+    see ``layer_reports``. ``accuracy``: (fp32, INT8) on labelled pictures. ``agreement`` and
+    ``heads``: see ``Quantized``; on ``pictures``, which are of network size, (height, width, 3)
+    uint8 BGR. ``frames``: what it was calibrated with. ``dataset``: labelled pictures of
     which the worst are shown; None shows the worst of ``pictures``. ``engine`` and ``threads``:
     what makes the masks, as for ``open_engine``.
     """
@@ -302,14 +228,15 @@ class QuantizationReport:
     quantized: Bundle
     search: Search
     layers: tuple[LayerReport, ...]
-    accuracy: tuple[Evaluation, Evaluation] | None
+    accuracy: tuple[AnyEvaluation, AnyEvaluation] | None
     agreement: float
     placement: Placement
     frames: tuple[CalibrationFrames, ...]
     recipe: QuantizationRecipe
     notes: tuple[str, ...] = ()
     pictures: tuple[Pixels, ...] = ()
-    dataset: Dataset | None = None
+    heads: Mapping[str, float] = field(default_factory=dict)
+    dataset: AnyDataset | None = None
     engine: str | None = None
     threads: int = 0
 
@@ -343,26 +270,25 @@ class QuantizationReport:
                 f"{len(spec.classes)} classes"
             ),
             sections=tuple(sections),
-            footer=_DEFINITIONS,
+            footer=_DEFINITIONS[spec.task] + _SHARED.strip(),
         )
 
     def _figures(self) -> page.Figures:
         figures = []
         if self.accuracy is not None:
-            before, after = (_known(found.miou) for found in self.accuracy)
+            before, after = (_known(figure(found)) for found in self.accuracy)
             note = "the pictures have no labels"
             if before is not None and after is not None:
                 lost = round((before - after) * 100, 2)
                 note = f"fp32 {_percent(before)}, {abs(lost):.2f} points "
                 note += "lost" if lost >= 0 else "won"
-            figures.append(page.Figure(_tile(after), "mIoU in INT8", note))
-        figures.append(
-            page.Figure(
-                _tile(self.agreement),
-                "of pixels as in fp32",
-                f"on {_number_of(len(self.pictures), 'calibration frame')}",
-            )
-        )
+            figures.append(page.Figure(_tile(after), f"{title(self.accuracy[1])} in INT8", note))
+        share = _known(self.agreement)
+        where = f"on {_number_of(len(self.pictures), 'calibration frame')}"
+        if self._instances and share is None:
+            where = f"there are none {where}"
+        what = "of instances found by both" if self._instances else "of pixels as in fp32"
+        figures.append(page.Figure(_tile(share), what, where))
         done = sum(layer.precision == "INT8" for layer in self.layers)
         rest = len(self.layers) - done
         figures.append(
@@ -387,38 +313,45 @@ class QuantizationReport:
         )
         return page.Figures(tuple(figures))
 
+    @property
+    def _instances(self) -> bool:
+        return self.bundle.spec.task == "instance"
+
     def _accuracy(self) -> tuple[page.Block, ...]:
+        heads = (self._head_table(),) if self.heads else ()
         if self.accuracy is None:
             return (
                 page.Paragraph(
-                    "Not measured: no labelled pictures were given (--data). That "
-                    f"{_percent(self.agreement)} of pixels keep their class says how close INT8 is "
-                    "to fp32, not how right either is."
+                    f"Not measured: no labelled pictures were given (--data). {self._closeness()}"
                 ),
+                *heads,
             )
         fp32, int8 = self.accuracy
-        rows = [
-            (name.replace("_", " "), before, int8.per_class.get(name))
-            for name, before in fp32.per_class.items()
-        ]
-        rows.append(("mean (mIoU)", _known(fp32.miou), _known(int8.miou)))
-        rows.append(
-            ("pixels that are right", _known(fp32.pixel_accuracy), _known(int8.pixel_accuracy))
-        )
+        if isinstance(fp32, Evaluation) and isinstance(int8, Evaluation):
+            return (_class_table(fp32, int8),)
+        assert isinstance(fp32, InstanceEvaluation) and isinstance(int8, InstanceEvaluation)
+        return (_precision_table(fp32, int8), *heads)
+
+    def _closeness(self) -> str:
+        if not self._instances:
+            return (
+                f"That {_percent(self.agreement)} of pixels keep their class says how close INT8 "
+                "is to fp32, not how right either is."
+            )
+        share = _known(self.agreement)
+        if share is None:
+            return "Neither found an instance on the calibration frames that is worth a look."
         return (
-            page.Table(
-                ("class", "fp32, %", "INT8, %", "points"),
-                tuple(
-                    (name, _bare(before), _bare(after), _change(before, after))
-                    for name, before, after in rows
-                ),
-                "lrrr",
-                caption=(
-                    f"IoU of each class on {int8.data} {int8.split}, "
-                    f"{_number_of(int8.frames, 'picture')}, by {int8.engine}; the last column is "
-                    "what INT8 changes, of 100 points."
-                ),
-            ),
+            f"That {_percent(share)} of the instances are found by both says how close INT8 is to "
+            "fp32, not how right either is."
+        )
+
+    def _head_table(self) -> page.Table:
+        most = max(self.heads.values())
+        return page.Table(
+            ("raw head", "error"),
+            tuple((name, _damage(error, most)) for name, error in self.heads.items()),
+            caption="How far INT8 moves the numbers from which the instances are made.",
         )
 
     def _floats(self) -> tuple[page.Block, ...]:
@@ -430,14 +363,14 @@ class QuantizationReport:
                 tuple(
                     page.Point(
                         count,
-                        miou * 100,
-                        f"{count}: {_percent(miou)}",
+                        found * 100,
+                        f"{count}: {_percent(found)}",
                         marked=count == len(self.search.floats),
                     )
-                    for count, miou in tried
+                    for count, found in tried
                 ),
                 "layers in floating point",
-                "mIoU in %",
+                f"{figure_name(self.bundle.spec.task)} in %",
                 caption=(
                     "Each point is a graph that was tried on all labelled pictures; the large "
                     f"one was taken. fp32 has {_percent(self.search.fp32)}."
@@ -454,58 +387,26 @@ class QuantizationReport:
         if not worst:
             where = f" on {_number_of(looked_at, 'picture')}" if looked_at else ""
             return (page.Paragraph(f"Nowhere: both give the same masks{where}."),)
-        if self.dataset is None:
-            intro = (
-                f"Of {_number_of(looked_at, 'calibration frame')} those on which the masks of fp32 "
-                "and INT8 differ most. Orange: where they differ."
+        frames = _number_of(looked_at, "calibration frame")
+        if self.dataset is not None:
+            frames = (
+                f"{_number_of(looked_at, 'picture')} of {self.dataset.title} "
+                f"{self.dataset.split}, evenly spread,"
             )
-        else:
-            intro = (
-                f"Of {_number_of(looked_at, 'picture')} of {self.dataset.title} "
-                f"{self.dataset.split}, evenly spread, those that lose most. Orange: fp32 was "
-                "right and INT8 is not; blue: the other way round; white: neither is, or no truth "
-                "is known."
+        blocks: list[page.Block] = [page.Paragraph(worst[0].intro(frames))]
+        blocks += [
+            page.Pictures(
+                tuple(page.Picture(pixels, words) for words, pixels in found.pictures()),
+                caption=found.caption(),
             )
-        spec = self.bundle.spec
-        blocks: list[page.Block] = [page.Paragraph(intro)]
-        for found in worst:
-            caption = found.caption()
-            shown = found.shrunk()
-
-            def drawn(
-                class_map: NDArray[np.uint8],
-                opacity: float,
-                *,
-                legend: bool,
-                pixels: Pixels = shown.pixels,
-            ) -> Pixels:
-                return draw_classes(
-                    pixels,
-                    class_map,
-                    names=spec.classes,
-                    colours=spec.colours,
-                    opacity=opacity,
-                    legend=legend,
-                )
-
-            # The legend stands on the plain picture, where it hides no part of a mask.
-            blocks.append(
-                page.Pictures(
-                    (
-                        page.Picture(drawn(shown.fp32, 0.0, legend=True), "picture"),
-                        page.Picture(shown.differences(), "where the masks differ"),
-                        page.Picture(drawn(shown.fp32, 0.65, legend=False), "before: fp32"),
-                        page.Picture(drawn(shown.int8, 0.65, legend=False), "after: INT8"),
-                    ),
-                    caption=caption,
-                )
-            )
+            for found in worst
+        ]
         return tuple(blocks)
 
-    def _compared(self) -> tuple[list[_Comparison], int]:
+    def _compared(self) -> tuple[list[Comparison], int]:
         """The worst pictures, and how many were looked at."""
         spec = self.bundle.spec
-        worst: list[_Comparison] = []
+        worst: list[Comparison] = []
         count = 0
         if self.dataset is None and not self.pictures:
             return [], 0
@@ -517,12 +418,13 @@ class QuantizationReport:
         try:
             for name, pixels, labels in self._candidates():
                 count += 1
-                geometry = Geometry.between(pixels.shape[0], pixels.shape[1], spec)
+                frame = Frame.of(pixels)
+                geometry = Geometry.between(frame.height, frame.width, spec)
                 fitted = geometry.fit(pixels)
                 fp32, int8 = (
-                    geometry.restore(engine.run(fitted).class_map).copy() for engine in engines
+                    result_of(engine.run(fitted), frame, geometry, spec) for engine in engines
                 )
-                worst.append(_Comparison(name, pixels, fp32, int8, labels, spec.ignore))
+                worst.append(compared(name, fp32, int8, labels))
                 worst = sorted(worst, key=lambda found: -found.rank)[:_SHOWN]
         finally:
             for engine in engines:
@@ -537,7 +439,7 @@ class QuantizationReport:
         count = min(_COMPARED, len(self.dataset))
         for index in range(count):
             sample = self.dataset.sample(index * len(self.dataset) // count)
-            yield sample.name, sample.pixels, sample.labels
+            yield sample.name, sample.pixels, getattr(sample, "labels", None)
 
     def _layers(self) -> tuple[page.Block, ...]:
         blocks: list[page.Block] = []
@@ -555,9 +457,9 @@ class QuantizationReport:
                         for layer in worst
                     ),
                     caption=(
-                        "The layers that do most damage when each alone is quantized, in share of "
-                        "pixels whose class changes; the longer the bar, the more a layer would "
-                        "gain from floating point."
+                        "The layers that do most damage when each alone is quantized, in "
+                        f"{self._damage}; the longer the bar, the more a layer would gain from "
+                        "floating point."
                     ),
                 )
             )
@@ -571,6 +473,12 @@ class QuantizationReport:
         blocks.append(self._layer_table(most))
         blocks.append(page.Details("Histograms of the inputs of the layers", (self._histograms(),)))
         return tuple(blocks)
+
+    @property
+    def _damage(self) -> str:
+        if self._instances:
+            return "mean error of the raw heads"
+        return "share of pixels whose class changes"
 
     def _layer_table(self, most: float) -> page.Table:
         damaging = any(layer.damage is not None for layer in self.layers)
@@ -677,6 +585,55 @@ class QuantizationReport:
             ("choice", "value"), tuple(_recipe_rows(self.recipe)), caption="The recipe."
         )
         return (frames, recipe)
+
+
+def _class_table(fp32: Evaluation, int8: Evaluation) -> page.Table:
+    rows = [
+        (name.replace("_", " "), before, int8.per_class.get(name))
+        for name, before in fp32.per_class.items()
+    ]
+    rows.append(("mean (mIoU)", _known(fp32.miou), _known(int8.miou)))
+    rows.append(("pixels that are right", _known(fp32.pixel_accuracy), _known(int8.pixel_accuracy)))
+    return _before_and_after("class", rows, "IoU of each class", int8)
+
+
+def _precision_table(fp32: InstanceEvaluation, int8: InstanceEvaluation) -> page.Table:
+    # Where the data set has outlines, masks are what counts.
+    pair = (fp32.box, int8.box) if fp32.mask is None else (fp32.mask, int8.mask)
+    before, after = pair
+    assert before is not None and after is not None
+    what = title(fp32)
+    rows = [
+        (name.replace("_", " "), _known(value), _known(after.per_class[name]))
+        for name, value in before.per_class.items()
+    ]
+    rows.append((f"mean ({what})", _known(before.ap), _known(after.ap)))
+    rows.append((f"{what} at an IoU of 0.50", _known(before.ap50), _known(after.ap50)))
+    rows.append((f"{what} at an IoU of 0.75", _known(before.ap75), _known(after.ap75)))
+    if fp32.mask is not None:
+        rows.append(("mean (box AP)", _known(fp32.box.ap), _known(int8.box.ap)))
+    return _before_and_after("class", rows, f"{what} of each class", int8)
+
+
+def _before_and_after(
+    column: str,
+    rows: Sequence[tuple[str, float | None, float | None]],
+    what: str,
+    measured: AnyEvaluation,
+) -> page.Table:
+    return page.Table(
+        (column, "fp32, %", "INT8, %", "points"),
+        tuple(
+            (name, _bare(before), _bare(after), _change(before, after))
+            for name, before, after in rows
+        ),
+        "lrrr",
+        caption=(
+            f"{what} on {measured.data} {measured.split}, "
+            f"{_number_of(measured.frames, 'picture')}, by {measured.engine}; the last column is "
+            "what INT8 changes, of 100 points."
+        ),
+    )
 
 
 def _histogram(layers: Sequence[LayerReport]) -> page.Histogram:

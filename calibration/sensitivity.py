@@ -1,8 +1,9 @@
 """Which layers lose the accuracy, what each costs to keep, and the fewest that meet a budget.
 
-The damage of a layer is measured on frames without labels: the share of pixels whose class changes
-when that layer alone is quantized. What it costs to leave it in floating point is measured as well,
-in milliseconds against the INT8 graph, taking turns. The budget itself is proven on labelled data.
+The damage of a layer is measured on frames without labels, when that layer alone is quantized: the
+share of pixels whose class changes, or for instances the error of the raw heads (see `Heads`). What
+it costs to leave it in floating point is measured as well, in milliseconds against the INT8 graph,
+taking turns. The budget itself is proven on labelled data.
 """
 
 from __future__ import annotations
@@ -20,11 +21,18 @@ import numpy as np
 import onnx
 
 from edgeseg.bundle import Bundle
+from edgeseg.calibration.accuracy import (
+    AnyDataset,
+    AnyEvaluation,
+    figure,
+    figure_name,
+    measured,
+)
+from edgeseg.calibration.agreement import Agreement, agreement_of
 from edgeseg.calibration.calibrate import Calibrated, Stage, silent
-from edgeseg.dataset import Dataset
+from edgeseg.calibration.heads import Heads
 from edgeseg.engine import Engine, open_engine
 from edgeseg.errors import CalibrationError, RequestError
-from edgeseg.evaluate import Evaluation, evaluate
 from edgeseg.frame import Pixels
 from edgeseg.jsonfile import write_json
 from edgeseg.onnxfile import OnnxFile
@@ -39,6 +47,8 @@ _TURNS = 9
 _LEAST_COST = 0.005
 # Searches that are begun once more without the layer that costs most.
 _ALTERNATIVES = 3
+# Pictures whose raw heads are kept: far more numbers than class maps have.
+_WITH_HEADS = 8
 
 
 class Trials:
@@ -66,8 +76,8 @@ class Trials:
 
 @dataclass(frozen=True)
 class LayerDamage:
-    """``damage``: share of pixels, 0 to 1, whose class changes when ``layer`` alone is quantized.
-    ``cost_ms``: time that a frame takes longer when it alone stays in floating point; None if the
+    """``damage``: when ``layer`` alone is quantized, the share of pixels, 0 to 1, whose class
+    changes, or for instances the error of the raw heads (see `Heads.error`). ``cost_ms``: time that a frame takes longer when it alone stays in floating point; None if the
     budget needed no such measurement."""
 
     layer: str
@@ -101,7 +111,8 @@ class Laboratory:
         self._threads = threads
         self._finish = finish
         self._wanted: list[np.ndarray[tuple[int, int], np.dtype[np.uint8]]] | None = None
-        self._proven: dict[tuple[str, Dataset], Evaluation] = {}
+        self._heads: Heads | None = None
+        self._proven: dict[tuple[str, AnyDataset], AnyEvaluation] = {}
 
     def model(self, floats: Collection[str]) -> onnx.ModelProto:
         """The graph with ``floats`` in floating point."""
@@ -115,27 +126,60 @@ class Laboratory:
             bundle = replace(bundle, model=OnnxFile(content, f"{bundle.name}, quantized"))
         return open_engine(bundle, self._engine, threads=self._threads, check=False)
 
+    @property
+    def figure_name(self) -> str:
+        """What the accuracy is, for a person: mIoU or AP."""
+        return figure_name(self.bundle.spec.task)
+
     def disagreement(self, floats: Collection[str]) -> float:
-        """Share of pixels to which the graph gives another class than the original does."""
+        """How far the graph is from the original on the pictures, 0 for not at all.
 
-        def measure() -> float:
-            if self._wanted is None:
-                original = self.opened(self.layers)
-                self._wanted = [original.run(pixels).class_map for pixels in self._pictures]
-                original.close()
-            engine = self.opened(floats)
-            wrong = [
-                float(np.mean(engine.run(pixels).class_map != wanted))
-                for pixels, wanted in zip(self._pictures, self._wanted, strict=True)
-            ]
-            engine.close()
-            return statistics.fmean(wrong)
+        The share of pixels to which it gives another class; for instances the error of the raw
+        heads.
+        """
+        instances = self.bundle.spec.task == "instance"
+        measure = self._head_error if instances else self._other_pixels
+        return self._trials.get(f"disagreement {self._key(floats)}", lambda: measure(floats))
 
-        return self._trials.get(f"disagreement {self._key(floats)}", measure)
+    def _other_pixels(self, floats: Collection[str]) -> float:
+        if self._wanted is None:
+            original = self.opened(self.layers)
+            self._wanted = [original.run(pixels).class_map for pixels in self._pictures]
+            original.close()
+        engine = self.opened(floats)
+        wrong = [
+            float(np.mean(engine.run(pixels).class_map != wanted))
+            for pixels, wanted in zip(self._pictures, self._wanted, strict=True)
+        ]
+        engine.close()
+        return statistics.fmean(wrong)
+
+    def _head_error(self, floats: Collection[str]) -> float:
+        return statistics.fmean(self.head_errors(floats).values())
+
+    def head_errors(self, floats: Collection[str]) -> dict[str, float]:
+        """Raw head of an instance model -> its error in the graph: see `Heads.errors`."""
+        if self._heads is None:
+            self._heads = Heads(self._calibrated.graph, self._pictures[:_WITH_HEADS])
+        return self._heads.errors(self.model(floats))
+
+    def agreement(self, floats: Collection[str]) -> float:
+        """Share of what the original says on the pictures that the graph says as well.
+
+        Pixels with the same class, or instances: see `agreement_of`. NaN for instances where
+        neither finds any that is worth a look.
+        """
+        if self.bundle.spec.task == "semantic":
+            return 1 - self.disagreement(floats)
+        one, other = self.opened(self.layers), self.opened(floats)
+        parts = [agreement_of(one.run(pixels), other.run(pixels)) for pixels in self._pictures]
+        one.close()
+        other.close()
+        return Agreement.sum(parts).share
 
     def evaluation(
-        self, floats: Collection[str], dataset: Dataset, stage: Stage = silent
-    ) -> Evaluation:
+        self, floats: Collection[str], dataset: AnyDataset, stage: Stage = silent
+    ) -> AnyEvaluation:
         """The graph's accuracy on the whole of ``dataset``, measured once."""
         proven = (self._key(floats), dataset)
         if proven in self._proven:
@@ -143,14 +187,15 @@ class Laboratory:
         engine = self.opened(floats)
         what = "fp32" if len(set(floats)) == len(self.layers) else "INT8"
         with stage(f"proving {what} with {len(set(floats))} layers in floating point") as update:
-            self._proven[proven] = evaluate(engine, dataset, progress=update)
+            self._proven[proven] = measured(engine, dataset, progress=update)
         engine.close()
         return self._proven[proven]
 
-    def miou(self, floats: Collection[str], dataset: Dataset, stage: Stage = silent) -> float:
-        """mIoU, 0 to 1, on the whole of ``dataset``."""
+    def figure(self, floats: Collection[str], dataset: AnyDataset, stage: Stage = silent) -> float:
+        """The accuracy that a budget is about, 0 to 1, on the whole of ``dataset``."""
         return self._trials.get(
-            f"miou {self._key(floats)}", lambda: self.evaluation(floats, dataset, stage).miou
+            f"accuracy {self._key(floats)}",
+            lambda: figure(self.evaluation(floats, dataset, stage)),
         )
 
     def extra_ms(self, floats: Collection[str]) -> float:
@@ -199,20 +244,20 @@ class Laboratory:
 @dataclass(frozen=True)
 class Search:
     """What a search found. ``floats``: the layers to leave in floating point. ``fp32`` and
-    ``miou``: on the whole evaluation split, 0 to 1. ``tried``: (number of layers in floating
-    point, mIoU) of the graphs that were proven, by that number; of several with the same, the one
-    that was taken, else the best. ``damages``: by layer."""
+    ``int8``: mIoU or AP on the whole evaluation split, 0 to 1. ``tried``: (number of layers in
+    floating point, that figure) of the graphs that were proven, by that number; of several with
+    the same, the one that was taken, else the best. ``damages``: by layer."""
 
     floats: tuple[str, ...]
     fp32: float
-    miou: float
+    int8: float
     tried: tuple[tuple[int, float], ...]
     damages: tuple[LayerDamage, ...]
 
     @property
     def drop(self) -> float:
-        """Points of mIoU lost, 0 to 100; negative for a gain."""
-        return (self.fp32 - self.miou) * 100
+        """Points lost, 0 to 100; negative for a gain."""
+        return (self.fp32 - self.int8) * 100
 
 
 def damages(laboratory: Laboratory, *, stage: Stage = silent) -> tuple[LayerDamage, ...]:
@@ -228,13 +273,15 @@ def damages(laboratory: Laboratory, *, stage: Stage = silent) -> tuple[LayerDama
 
 def search(
     laboratory: Laboratory,
-    dataset: Dataset,
+    dataset: AnyDataset,
     max_drop: float,
     *,
     fixed: Collection[str] = (),
     stage: Stage = silent,
 ) -> Search:
-    """The layers to leave in floating point so that mIoU falls by ``max_drop`` points at most.
+    """The layers to leave in floating point so that ``max_drop`` points are lost at most.
+
+    Points of mIoU, or of AP for instances: see `calibration.accuracy`.
 
     First none but ``fixed``. If that does not do, layers are taken in the order of damage per
     millisecond, as few as meet the budget, and those that turn out not to be needed are given back.
@@ -243,7 +290,7 @@ def search(
 
     RequestError for a name in ``fixed`` that no layer has. CalibrationError with the best that was
     found when even half of the layers do not do it, when the result would be no faster than
-    floating point, and when no pixel of ``dataset`` has a label.
+    floating point, and when nothing in ``dataset`` has a label.
     """
     unknown = sorted(set(fixed).difference(laboratory.layers))
     if unknown:
@@ -251,18 +298,20 @@ def search(
             f"there is no layer {unknown[0]} to leave in floating point; the layers are "
             f"{', '.join(laboratory.layers)}"
         )
-    fp32 = laboratory.miou(laboratory.layers, dataset, stage)
+    name = laboratory.figure_name
+    fp32 = laboratory.figure(laboratory.layers, dataset, stage)
     if math.isnan(fp32):
         raise CalibrationError(
-            f"a budget is proven on labelled pixels, and {dataset.title} {dataset.split} has none; "
-            "give other pictures with --data"
+            f"a budget is proven on labelled pictures, and nothing in {dataset.title} "
+            f"{dataset.split} has a label, so that there is no {name}; give other pictures with "
+            "--data"
         )
     tried: dict[int, float] = {}
 
     def drop(floats: Sequence[str]) -> float:
-        miou = laboratory.miou(floats, dataset, stage)
-        tried[len(floats)] = max(miou, tried.get(len(floats), miou))
-        return (fp32 - miou) * 100
+        int8 = laboratory.figure(floats, dataset, stage)
+        tried[len(floats)] = max(int8, tried.get(len(floats), int8))
+        return (fp32 - int8) * 100
 
     chosen = tuple(name for name in laboratory.layers if name in fixed)
     best: Found = (drop(chosen), chosen)
@@ -271,25 +320,27 @@ def search(
         measured = _with_costs(laboratory, damages(laboratory, stage=stage), stage)
         best = _least(laboratory, chosen, measured, drop, max_drop, best)
     lost, taken = best
+    # Fine-tuning is for models that give a class to every pixel.
+    tune = ", or fine-tune (--finetune)" if name == figure_name("semantic") else ""
+    cures = f"give more calibration frames{tune}" if tune else "or give more calibration frames"
     if lost > max_drop:
         raise CalibrationError(
-            f"no INT8 graph within {max_drop:g} points of mIoU was found: the best loses "
+            f"no INT8 graph within {max_drop:g} points of {name} was found: the best loses "
             f"{lost:.2f} ({fp32 * 100 - lost:.2f} % instead of {fp32 * 100:.2f} %) with "
             f"{len(taken)} of {len(laboratory.layers)} layers in floating point; allow "
-            f"--max-drop {math.ceil(lost * 10) / 10:.1f}, give more calibration frames, or "
-            "fine-tune (--finetune)"
+            f"--max-drop {math.ceil(lost * 10) / 10:.1f}, {cures}"
         )
     # Those that were asked for are left as they are, whatever that costs.
     if taken != chosen and (laboratory.extra_ms(laboratory.layers) <= laboratory.extra_ms(taken)):
         raise CalibrationError(
             f"{len(taken)} of {len(laboratory.layers)} layers would have to stay in floating "
-            f"point to lose {max_drop:g} points of mIoU at most, and then it is no faster than "
-            "the model it was made from; allow a larger --max-drop, or fine-tune (--finetune)"
+            f"point to lose {max_drop:g} points of {name} at most, and then it is no faster than "
+            f"the model it was made from; allow a larger --max-drop{tune}"
         )
     floats = tuple(name for name in laboratory.layers if name in set(taken))
-    miou = fp32 - lost / 100
-    tried[len(floats)] = miou
-    return Search(floats, fp32, miou, tuple(sorted(tried.items())), measured)
+    int8 = fp32 - lost / 100
+    tried[len(floats)] = int8
+    return Search(floats, fp32, int8, tuple(sorted(tried.items())), measured)
 
 
 def _with_costs(

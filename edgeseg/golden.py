@@ -22,6 +22,7 @@ __all__ = [
     "AGREEMENT",
     "INSTANCE_AGREEMENT",
     "INT8_AGREEMENT",
+    "INT8_INSTANCE_AGREEMENT",
     "AnyGolden",
     "Detection",
     "Golden",
@@ -42,6 +43,9 @@ INT8_AGREEMENT = 0.9
 #: Share of recorded detections that must be found again. A detection at the edge of a threshold,
 #: of score or of overlap, may go either way between libraries; swapped channels lose nearly all.
 INSTANCE_AGREEMENT = 0.8
+
+#: The same for INT8.
+INT8_INSTANCE_AGREEMENT = 0.5
 
 # Detections that are recorded, best first: enough for a share, few enough for metadata.
 _DETECTIONS = 20

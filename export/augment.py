@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -10,9 +11,47 @@ from numpy.typing import NDArray
 
 from edgeseg.frame import Pixels
 
-__all__ = ["Augmentation"]
+if TYPE_CHECKING:
+    from edgeseg.export.recipe import Recipe
+
+__all__ = ["Augmentation", "Placement"]
 
 Labels = NDArray[np.uint8]
+
+_GREY = (114, 114, 114)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture lies in its crop: resized, bordered, cut out, mirrored, in this order.
+
+    ``crop`` and ``size`` (the picture's after resizing) are (height, width), ``border`` the rows
+    added above and below and the columns left and right, ``corner`` the first (row, column) of the
+    bordered picture that is in the crop; all in pixels.
+    """
+
+    crop: tuple[int, int]
+    size: tuple[int, int]
+    border: tuple[int, int, int, int]
+    corner: tuple[int, int]
+    flipped: bool
+
+    def picture(self, pixels: Pixels) -> Pixels:
+        """(h, w, 3) uint8 -> the crop of it, grey where it does not reach."""
+        way = cv2.INTER_AREA if self.size[0] < pixels.shape[0] else cv2.INTER_LINEAR
+        return self._cut(cv2.resize(pixels, self.size[::-1], interpolation=way), _GREY)
+
+    def labels(self, labels: Labels, outside: int) -> Labels:
+        """(h, w) uint8 -> the crop of it, ``outside`` where it does not reach."""
+        resized = cv2.resize(labels, self.size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        return self._cut(resized, (outside,))
+
+    def _cut(self, array: Any, outside: tuple[int, ...]) -> NDArray[np.uint8]:
+        if any(self.border):
+            array = cv2.copyMakeBorder(array, *self.border, cv2.BORDER_CONSTANT, value=outside)
+        (top, left), (height, width) = self.corner, self.crop
+        cut: NDArray[np.uint8] = array[top : top + height, left : left + width]
+        return np.ascontiguousarray(cut[:, ::-1] if self.flipped else cut)
 
 
 @dataclass(frozen=True)
@@ -32,6 +71,17 @@ class Augmentation:
     flip: bool = True
     colour: float = 0.5
 
+    @classmethod
+    def of(cls, recipe: Recipe) -> Augmentation:
+        """What ``recipe`` asks for, in full strength."""
+        return cls(
+            crop=recipe.crop,
+            full_height=recipe.full_height,
+            scale=recipe.scale,
+            aspect=recipe.aspect,
+            colour=recipe.colour,
+        )
+
     def weakened(self, strength: float) -> Augmentation:
         """The same with less of scale, aspect and colour: 1 is all of them, 0 none."""
         low, high = self.scale
@@ -42,6 +92,28 @@ class Augmentation:
             colour=self.colour * strength,
         )
 
+    def drawn(self, height: int, width: int, rng: np.random.Generator) -> Placement:
+        """Where a picture of ``height`` x ``width`` comes to lie, this time."""
+        zoom = np.exp(rng.uniform(*np.log(self.scale))) * self.full_height / height
+        stretch = np.exp(rng.uniform(-1, 1) * np.log(self.aspect) / 2)
+        rows = max(round(height * zoom / stretch), 8)
+        columns = max(round(width * zoom * stretch), 8)
+        missing_rows = max(self.crop[0] - rows, 0)
+        missing_columns = max(self.crop[1] - columns, 0)
+        above = left_of = 0
+        if missing_rows or missing_columns:
+            above = int(rng.integers(0, missing_rows + 1))
+            left_of = int(rng.integers(0, missing_columns + 1))
+        top = int(rng.integers(0, rows + missing_rows - self.crop[0] + 1))
+        left = int(rng.integers(0, columns + missing_columns - self.crop[1] + 1))
+        return Placement(
+            crop=self.crop,
+            size=(rows, columns),
+            border=(above, missing_rows - above, left_of, missing_columns - left_of),
+            corner=(top, left),
+            flipped=self.flip and bool(rng.random() < 0.5),
+        )
+
     def __call__(
         self, pixels: Pixels, labels: Labels, ignore: int, rng: np.random.Generator
     ) -> tuple[Pixels, Labels]:
@@ -49,51 +121,11 @@ class Augmentation:
 
         Where the picture is smaller than the crop, the border is grey and labelled ``ignore``.
         """
-        pixels, labels = self._resized(pixels, labels, rng)
-        pixels, labels = self._cropped(pixels, labels, ignore, rng)
-        if self.flip and rng.random() < 0.5:
-            pixels, labels = pixels[:, ::-1], labels[:, ::-1]
-        return self._recoloured(np.ascontiguousarray(pixels), rng), np.ascontiguousarray(labels)
+        placement = self.drawn(pixels.shape[0], pixels.shape[1], rng)
+        return self.recoloured(placement.picture(pixels), rng), placement.labels(labels, ignore)
 
-    def _resized(
-        self, pixels: Pixels, labels: Labels, rng: np.random.Generator
-    ) -> tuple[Pixels, Labels]:
-        zoom = np.exp(rng.uniform(*np.log(self.scale))) * self.full_height / pixels.shape[0]
-        stretch = np.exp(rng.uniform(-1, 1) * np.log(self.aspect) / 2)
-        height = max(round(pixels.shape[0] * zoom / stretch), 8)
-        width = max(round(pixels.shape[1] * zoom * stretch), 8)
-        shrinks = height < pixels.shape[0]
-        return (
-            cv2.resize(  # type: ignore[return-value]
-                pixels,
-                (width, height),
-                interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR,
-            ),
-            cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST_EXACT),
-        )
-
-    def _cropped(
-        self, pixels: Pixels, labels: Labels, ignore: int, rng: np.random.Generator
-    ) -> tuple[Pixels, Labels]:
-        height, width = self.crop
-        missing_rows = max(height - pixels.shape[0], 0)
-        missing_columns = max(width - pixels.shape[1], 0)
-        if missing_rows or missing_columns:
-            top = int(rng.integers(0, missing_rows + 1))
-            left = int(rng.integers(0, missing_columns + 1))
-            sides = (top, missing_rows - top, left, missing_columns - left)
-            pixels = cv2.copyMakeBorder(  # type: ignore[assignment]
-                pixels, *sides, cv2.BORDER_CONSTANT, value=(114, 114, 114)
-            )
-            labels = cv2.copyMakeBorder(  # type: ignore[assignment]
-                labels, *sides, cv2.BORDER_CONSTANT, value=(ignore,)
-            )
-        top = int(rng.integers(0, pixels.shape[0] - height + 1))
-        left = int(rng.integers(0, pixels.shape[1] - width + 1))
-        rows, columns = slice(top, top + height), slice(left, left + width)
-        return pixels[rows, columns], labels[rows, columns]
-
-    def _recoloured(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
+    def recoloured(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
+        """``pixels`` under another light, through another camera."""
         if self.colour == 0:
             return pixels
         strength = self.colour

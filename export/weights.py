@@ -13,6 +13,7 @@ from torch import Tensor
 
 from edgeseg.errors import WeightsError
 from edgeseg.export.models.network import Network
+from edgeseg.export.structure import fit_structure
 
 __all__ = ["load_weights", "read_weights", "save_checkpoint", "save_weights"]
 
@@ -86,8 +87,9 @@ def load_weights(
     """Fills ``model`` in place from a checkpoint (see ``read_weights``) and returns it.
 
     Heads that only training uses may be absent from the checkpoint, and are passed over when the
-    model has none, as are leftovers that published checkpoints are known to hold. Every other
-    missing, unexpected or differently shaped key is a WeightsError that names it; the model is then
+    model has none, as are leftovers that published checkpoints are known to hold. A checkpoint of a
+    pruned network shrinks ``model`` to its widths, as ``fit_structure`` says. Every other missing,
+    unexpected or differently shaped key is a WeightsError that names it; the model is then
     unchanged.
     """
     found = model.current_names(read_weights(source))
@@ -100,6 +102,10 @@ def load_weights(
 
     missing = [key for key in wanted if key not in found and counts(key)]
     unexpected = [key for key in found if key not in wanted and not key.startswith(auxiliary)]
+    unfit = None
+    if not missing and not unexpected:
+        unfit = fit_structure(model, found)
+        wanted = model.state_dict()
     shapes = [
         f"{key} {tuple(found[key].shape)} where {tuple(wanted[key].shape)} is wanted"
         for key in wanted
@@ -112,6 +118,8 @@ def load_weights(
         complaints.append(f"{len(unexpected)} keys are unexpected ({_listed(unexpected)})")
     if shapes:
         complaints.append(f"{len(shapes)} shapes differ ({_listed(shapes)})")
+    if unfit:
+        complaints.append(f"it is no pruned one either: {unfit}")
     if complaints:
         what = "the mapping" if isinstance(source, Mapping) else f"the checkpoint {source}"
         hint = (

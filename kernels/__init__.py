@@ -8,6 +8,7 @@ same bytes on every machine, at any number of threads.
 from __future__ import annotations
 
 from edgeseg.kernels.argmax import upsample_argmax, upsample_argmax_confidence
+from edgeseg.kernels.borders import refine_borders
 from edgeseg.kernels.build import build
 from edgeseg.kernels.frames import FrameRectangle, fit_frame
 from edgeseg.kernels.levels import MaskGrid, level_bits, level_regions, level_rles
@@ -38,6 +39,7 @@ __all__ = [
     "level_rles",
     "load",
     "pyramid_roi_align",
+    "refine_borders",
     "upsample_argmax",
     "upsample_argmax_confidence",
 ]

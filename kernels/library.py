@@ -49,6 +49,16 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "edgeseg_pyramid_roi_align": [*[_POINTER] * 3, _INT, _POINTER, _POINTER, _INT],
     # frame, fit; image; flags, threads
     "edgeseg_fit_frame": [*[_POINTER] * 3, *[_INT] * 2],
+    # class_map; frame, its pitch; height, width, steps; positions, their count; refined; threads
+    "edgeseg_refine_borders": [
+        *[_POINTER] * 2,
+        _LONG,
+        *[_INT] * 4,
+        _POINTER,
+        _LONG,
+        _POINTER,
+        _INT,
+    ],
     # frame, its pitch; class_map, colours; classes; fit; opacity; drawn, its pitch; flags, threads
     "edgeseg_draw_overlay": [
         _POINTER,

@@ -74,6 +74,7 @@ class MaskRCNN(InstanceNetwork):
     image_convolutions: ClassVar[tuple[str, ...]] = ("backbone.body.conv1.weight",)
     classifier: ClassVar[str] = "roi_heads.box_predictor.cls_score.weight"
     mask_extent: ClassVar[Literal["image", "box"]] = "box"
+    prunable: ClassVar[bool] = False
     raw_names: ClassVar[tuple[str, ...]] = (
         *(f"level_{index}" for index in range(4)),
         *(f"objectness_{index}" for index in range(5)),

@@ -22,6 +22,8 @@ class Network(nn.Module):
     auxiliary_prefixes: ClassVar[tuple[str, ...]] = ()
     #: state_dict keys of the convolutions that read the image; export folds the channel order there
     image_convolutions: ClassVar[tuple[str, ...]] = ()
+    #: whether channels can be taken out of it, and a checkpoint may have fewer than a new network
+    prunable: ClassVar[bool] = True
     #: state_dict key of the classifier: a checkpoint without it is of another model
     classifier: ClassVar[str]
 

@@ -1,0 +1,96 @@
+"""What decides the outcome of a training run, in a file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from edgeseg.errors import RequestError
+from edgeseg.export.models import definition
+from edgeseg.tomlfile import read_toml
+
+__all__ = ["Recipe", "Source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of a recipe: its URI, its split, and how many samples of each batch it gives.
+
+    ``augment``: how much of the recipe's scale, aspect and colour changes its samples get, 0 to 1.
+    """
+
+    uri: str
+    share: int
+    split: str = "train"
+    augment: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the outcome of a training run, apart from the machine.
+
+    ``sources`` add up to the batch. ``crop`` is (height, width) in pixels; ``full_height`` the
+    height at which a whole picture counts as scale 1. ``learning_rate`` falls to zero as
+    ``(1 - step / steps) ** power`` after ``warmup`` steps of linear rise. ``average`` is the decay
+    of the weights' exponential moving average, which is what is evaluated and saved.
+    ``class_weights`` raises rare classes by ``frequency ** -class_weights``, clipped to 0.5-5.
+    """
+
+    model: str
+    sources: tuple[Source, ...]
+    steps: int
+    crop: tuple[int, int] = (288, 384)
+    full_height: int = 384
+    scale: tuple[float, float] = (0.6, 1.8)
+    aspect: float = 1.3
+    colour: float = 0.5
+    learning_rate: float = 5e-4
+    weight_decay: float = 1e-4
+    power: float = 0.9
+    warmup: int = 100
+    average: float = 0.998
+    class_weights: float = 0.5
+    auxiliary_heads: bool = False
+    mixed_precision: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise RequestError("a recipe names at least one [[source]], and this one has none")
+        if any(not isinstance(source.share, int) or source.share < 1 for source in self.sources):
+            raise RequestError("the share of a source is a whole number of samples, 1 or more")
+        if any(not 0 <= source.augment <= 1 for source in self.sources):
+            raise RequestError("the augment of a source is between 0 and 1")
+        if self.batch < 2:
+            raise RequestError(
+                "batch norm needs batches of two samples or more, "
+                f"and the shares add up to {self.batch}; raise a source's share"
+            )
+        if self.steps < 1:
+            raise RequestError(f"a recipe has at least one step, and {self.steps} came")
+        entry = definition(self.model)
+        stride = entry.network.stride
+        least = max(stride, entry.network.smallest)
+        if len(self.crop) != 2 or min(self.crop) < least or any(n % stride for n in self.crop):
+            raise RequestError(
+                f"{self.model} trains on crops of [height, width], both {least} or more and "
+                f"multiples of {stride}, and {list(self.crop)} came"
+            )
+
+    @property
+    def batch(self) -> int:
+        """Samples of one step."""
+        return sum(source.share for source in self.sources)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Recipe:
+        """The recipe in a TOML file; RequestError names what is missing or unknown in it."""
+        values = read_toml(path)
+        try:
+            sources = tuple(Source(**entry) for entry in values.pop("source", []))
+            for key in ("crop", "scale"):
+                if key in values:
+                    values[key] = tuple(values[key])
+            return cls(sources=sources, **values)
+        except TypeError as error:
+            raise RequestError(f"the recipe {path} does not fit: {error}") from error

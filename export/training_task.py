@@ -1,0 +1,57 @@
+"""What a task adds to training: its batches, its loss, its figure of merit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgeseg.export.models.network import Network
+
+__all__ = ["Batch", "Score", "TrainingTask"]
+
+TruthT = TypeVar("TruthT")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch(Generic[TruthT]):
+    """Pictures and what is in them.
+
+    ``images``: (N, H, W, 3) uint8, BGR; ``truth``: what the task's loss wants to know.
+    """
+
+    images: Tensor
+    truth: TruthT
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good a network is on one data set: ``value``, 0 to 1 (more is better), and in words."""
+
+    value: float
+    text: str
+
+
+class TrainingTask(ABC, Generic[TruthT]):
+    """A network that learns and the data it learns from."""
+
+    network: Network
+
+    @abstractmethod
+    def batch(self, rng: np.random.Generator) -> Batch[TruthT]:
+        """The batch that ``rng`` draws; made by another thread than the one that trains."""
+
+    @abstractmethod
+    def losses(self, found: Any, truth: TruthT, device: torch.device) -> dict[str, Tensor]:
+        """Parts of the loss by name, which add up to it; ``found`` is what the network gave.
+
+        The first part is what is shown of the loss.
+        """
+
+    @abstractmethod
+    def scores(self, network: Network, limit: int | None) -> list[Score]:
+        """How good ``network`` is on each validation set, on ``limit`` pictures of it at most."""
