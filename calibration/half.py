@@ -9,6 +9,11 @@ Three kinds of nodes have no precision of their own. A Cast from integers and a 
 give whatever their readers want, both types if need be, so that no Cast follows a Cast and no Cast
 comes between a DequantizeLinear and its convolution; a QuantizeLinear takes the type of what it
 reads.
+
+What is ranked stays float32, and so does all that is computed for it behind the last layer with
+weights: scores, boxes, overlaps. The digits of fp16 make neighbours in a ranking equal, and a box
+in pixels coarser than what two overlaps differ by; the work is small. What only brings numbers into
+another order or form, on the way there, stays in the precision of the layer before it.
 """
 
 from __future__ import annotations
@@ -71,6 +76,13 @@ _LIGHT = frozenset({
 _OPERATORS = _HEAVY | _BOUNDED | _LIGHT
 # Inputs that say where, not what: Resize's region and scales are float32 in every graph.
 _PLACES = {"Resize": (1, 2)}
+# They put numbers in order.
+_RANKING = frozenset({"NonMaxSuppression", "TopK"})
+# They compute nothing.
+_CARRYING = frozenset({
+    "Concat", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
+    "Unsqueeze",
+})  # fmt: skip
 # They look at no number.
 _BLIND = frozenset({"Constant", "Shape", "Size"})
 
@@ -346,6 +358,7 @@ class _Choice:
         self._seen = seen
         self._keep = keep
         self._between = self._between_integers()
+        self._ranked = self._before_rankings()
         self.kept: dict[str, str] = {}
         #: names of the nodes, other than DequantizeLinear, whose float tensors are fp16
         self.typed: set[str] = set()
@@ -423,6 +436,8 @@ class _Choice:
             return "operator: read inside a subgraph"
         if node.name in self._between:
             return "between integers: int8 comes and int8 goes"
+        if node.name in self._ranked:
+            return "order: a TopK ranks what comes of it"
         several = sum(bool(name) for name in node.output) > 1
         if several and node.op_type in ("BatchNormalization", "LayerNormalization"):
             return f"operator: {node.op_type} gives its statistics too"
@@ -462,6 +477,32 @@ class _Choice:
                 if len(readers) != 1 or readers[0].op_type not in ("Relu", "Clip"):
                     break
                 chain.append(readers[0])
+        return frozenset(found)
+
+    def _before_rankings(self) -> frozenset[str]:
+        """Names of the nodes that rank, and of those that compute what is ranked.
+
+        Back to the layers with weights and to other domains' operators; without nodes that only
+        carry numbers from there.
+        """
+        graph = self._graph
+        found: set[str] = set()
+        waiting = [node for node in graph.nodes if node.op_type in _RANKING and not node.domain]
+        while waiting:
+            node = waiting.pop()
+            if node.name in found or node.domain or node.op_type in _HEAVY:
+                continue
+            found.add(node.name)
+            # A number that is compared decides as well.
+            names = [n for n in node.input if graph.kind(n) in (_FLOAT, TensorProto.BOOL)]
+            makers = (graph.producer.get(name) for name in names)
+            waiting.extend(maker for maker in makers if maker is not None)
+        for node in graph.nodes:
+            if node.name in found and node.op_type in _CARRYING:
+                names = [n for n in graph.floats(node)[0] if graph.constant(n) is None]
+                makers = (graph.producer.get(name) for name in names)
+                if names and all(m is not None and m.name not in found for m in makers):
+                    found.discard(node.name)
         return frozenset(found)
 
     def _weights(self, node: NodeProto, inputs: Sequence[str]) -> str | None:

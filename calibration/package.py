@@ -291,6 +291,7 @@ def quantize_bundle(
     instances = bundle.spec.task == "instance"
     agreement = laboratory.agreement(found.floats)
     heads = laboratory.head_errors(found.floats) if instances else {}
+    closeness = {"agreement": _plain(agreement), **({"heads": heads} if instances else {})}
     made = laboratory.model(found.floats)
     spec = replace(bundle.spec, name=request.name or target.resolve().name)
     promised = INT8_INSTANCE_AGREEMENT if instances else INT8_AGREEMENT
@@ -315,10 +316,7 @@ def quantize_bundle(
         verification = _verified(quantized, judged)
         layers = layer_reports(calibrated, found.floats, measured, halves, fixed=recipe.floats)
         manifest = _manifest(
-            request, bundle, sets, more, overlap, calibrated, found, accuracy, placement
-        )
-        manifest["quantization"] |= {"agreement": _plain(agreement)} | (
-            {"heads": heads} if instances else {}
+            request, bundle, sets, more, overlap, calibrated, found, accuracy, closeness, placement
         )
         QuantizationReport(
             bundle=bundle,
@@ -522,6 +520,7 @@ def _manifest(
     calibrated: Calibrated,
     found: Search,
     accuracy: tuple[AnyEvaluation, AnyEvaluation] | None,
+    closeness: Mapping[str, object],
     placement: Linted,
 ) -> dict[str, object]:
     chosen = calibrated.placement(found.floats)
@@ -549,6 +548,7 @@ def _manifest(
             "max_drop": request.max_drop,
             "layers": len(calibrated.graph.layers()),
             "floats": list(found.floats),
+            **closeness,
             "placement": placement.to_dict(),
             "calibration": [_recorded(frames) for frames in sets],
             "finetuning": [_recorded(frames) for frames in more],

@@ -71,10 +71,10 @@ class LayerReport:
     """What became of one layer, and what its input and its weights showed.
 
     ``damage``: see ``LayerDamage``; ``cost_ms``: milliseconds a frame takes longer when it alone
-    stays in floating point; None where not measured. ``threshold``: the magnitude at which ``input`` is clipped, and
-    ``histogram`` its values on the calibration frames. ``activation_db`` and ``weight_db``: SQNR
-    of ``input`` and of the weights. For a layer left in floating point, threshold and SQNR are
-    what they would be in INT8.
+    stays in floating point; None where not measured. ``threshold``: the magnitude at which
+    ``input`` is clipped, and ``histogram`` its values on the calibration frames. ``activation_db``
+    and ``weight_db``: SQNR of ``input`` and of the weights. For a layer left in floating point,
+    threshold and SQNR are what they would be in INT8.
     """
 
     name: str

@@ -77,8 +77,9 @@ class Trials:
 @dataclass(frozen=True)
 class LayerDamage:
     """``damage``: when ``layer`` alone is quantized, the share of pixels, 0 to 1, whose class
-    changes, or for instances the error of the raw heads (see `Heads.error`). ``cost_ms``: time that a frame takes longer when it alone stays in floating point; None if the
-    budget needed no such measurement."""
+    changes, or for instances the error of the raw heads (see `Heads.error`). ``cost_ms``: time that
+    a frame takes longer when it alone stays in floating point; None if the budget needed no such
+    measurement."""
 
     layer: str
     damage: float

@@ -96,6 +96,6 @@ def _refined(
     # On a tie the class that the pixel had wins, otherwise the lowest: argmax takes the first.
     votes *= 2
     votes[order, labels[uncertain]] += 1
-    refined = class_map.copy()
+    refined: NDArray[np.uint8] = class_map.copy()
     refined.reshape(-1)[uncertain] = classes[votes.argmax(axis=1)]
     return refined

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -86,7 +86,7 @@ def _stoppable() -> Iterator[None]:
 def _explained(error: ImportError) -> str | None:
     """One sentence for an import that fails because of the machine, None for a mistake of ours."""
     missing = (error.name or "").partition(".")[0]
-    if missing in ("torch", "onnx", "onnxscript", "onnxruntime", "onnx_ir", "tomli"):
+    if missing in ("torch", "torch_pruning", "onnx", "onnxscript", "onnxruntime", "onnx_ir", "tomli"):
         return (
             f"this command prepares models and needs {missing}, which is not installed; "
             "pip install 'edgeseg[export]' adds it"
@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--opacity", type=float, default=0.5, metavar="0-1")
     run.add_argument("--no-legend", action="store_true")
     run.add_argument("--masks", action="store_true", help="with --save DIR: class maps as well")
+    _add_postprocess(run)
     _add_engine(run)
     _add_json(run)
 
@@ -131,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument(
         "--layers", action="store_true", help="the network's layers one by one (TensorRT)"
     )
+    _add_postprocess(profile)
     _add_engine(profile)
     _add_json(profile)
 
@@ -154,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BUNDLE",
         help="panoptic quality of BUNDLE's objects on the first one's classes (synthetic:)",
     )
+    evaluate.add_argument(
+        "--compare",
+        metavar="A,B,...",
+        help="steps after the network (refine), or other bundles: what each gains and costs",
+    )
+    _add_postprocess(evaluate)
     _add_engine(evaluate)
     _add_json(evaluate)
 
@@ -270,6 +278,64 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--minutes", type=float, metavar="M", help="end within so many minutes")
 
+    prune = _command(commands, "prune", _prune, "take channels out of a model until it costs less")
+    prune.add_argument(
+        "model", metavar="MODEL", help="a name that EdgeSeg knows: bisenetv2, ..., streets"
+    )
+    prune.add_argument("--weights", metavar="FILE", help="the checkpoint (.pt, .pth) or bundle")
+    prune.add_argument("-o", "--output", required=True, metavar="FILE.pt")
+    goal = prune.add_mutually_exclusive_group(required=True)
+    goal.add_argument(
+        "--macs", type=_amount, metavar="N", help="multiplications: 0.5 for half of them, or 1.2G"
+    )
+    goal.add_argument(
+        "--params", type=_amount, metavar="N", help="parameters: 0.5 for half of them, or 1.5M"
+    )
+    goal.add_argument("--milliseconds", type=_amount, metavar="MS", help="measured on --engine")
+    prune.add_argument("--size", metavar="HxW", help="network size, height first: 512x1024")
+    prune.add_argument(
+        "--importance",
+        metavar="MEASURE",
+        help="activation, l1, l2, bn or taylor; activation with --calibration, else l2",
+    )
+    prune.add_argument(
+        "--calibration",
+        action="append",
+        default=[],
+        metavar="URI",
+        help="frames like those the model will see, as for quantize; may be given several times",
+    )
+    prune.add_argument("--frames", type=_count, default=32, metavar="N", help="of each at most")
+    prune.add_argument(
+        "--labels", metavar="URI", help="labelled pictures for --importance taylor: camvid:DIR"
+    )
+    prune.add_argument(
+        "--multiple",
+        type=_count,
+        default=8,
+        metavar="N",
+        help="channels left in a layer are a multiple of this; 32 for INT8 on tensor cores",
+    )
+    prune.add_argument(
+        "--minimum", type=_count, default=8, metavar="N", help="channels left in a layer at least"
+    )
+    prune.add_argument(
+        "--protect",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a layer, or a module with all in it, that stays; may be given several times",
+    )
+    prune.add_argument(
+        "--steps", type=_count, default=1, metavar="N", help="measure importance anew so often"
+    )
+    prune.add_argument(
+        "--engine", metavar="NAME", help="measure milliseconds on openvino or onnxruntime"
+    )
+    prune.add_argument("--threads", type=_whole, default=0, metavar="N", help="0: all")
+    prune.add_argument("--report", metavar="FILE.html")
+    _add_json(prune)
+
     build = _command(commands, "build", _build, "build a TensorRT engine on the device")
     build.add_argument("bundle", metavar="BUNDLE")
     build.add_argument(
@@ -381,6 +447,14 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_postprocess(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--postprocess",
+        metavar="STEP",
+        help="what to do after the network: refine (borders follow the picture; semantic)",
+    )
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", help="write the figures there; - is standard output"
@@ -406,6 +480,19 @@ def _three(text: str) -> tuple[float, float, float]:
     return first, second, third
 
 
+def _amount(text: str) -> float:
+    sizes = {"k": 1e3, "M": 1e6, "G": 1e9}
+    try:
+        value = float(text.rstrip("kMG")) * sizes.get(text[-1:], 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"a number above 0 is wanted, such as 0.5, 1.2G or 1500000, and {text!r} came"
+        )
+    return value
+
+
 def _number(text: str, *, least: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) >= least):
         raise argparse.ArgumentTypeError(
@@ -414,11 +501,18 @@ def _number(text: str, *, least: int) -> int:
     return int(text)
 
 
-def _load(options: argparse.Namespace, bundle: str) -> Model:
+def _load(options: argparse.Namespace, bundle: str, postprocess: str | None = None) -> Model:
     from edgeseg.model import load
+    from edgeseg.postprocess import NOTHING_MORE
 
     head = {"auto": None, "compiled": True, "graph": False}[options.head]
-    return load(bundle, engine=options.engine, threads=options.threads, compiled_head=head)
+    return load(
+        bundle,
+        engine=options.engine,
+        threads=options.threads,
+        compiled_head=head,
+        postprocessing=NOTHING_MORE if postprocess is None else postprocess,
+    )
 
 
 def _tell(options: argparse.Namespace, text: str, content: dict[str, object]) -> None:
@@ -493,9 +587,14 @@ def _run(options: argparse.Namespace) -> int:
     from edgeseg.source import open_source
 
     _check_json(options)
-    with _load(options, options.bundle) as model:
+    with _load(options, options.bundle, options.postprocess) as model:
         source = open_source(options.source)
-        with Pipeline(model.engine, source, max_frames=options.frames) as pipeline:
+        with Pipeline(
+            model.engine,
+            source,
+            max_frames=options.frames,
+            postprocessing=model.postprocessing,
+        ) as pipeline:
             total = options.frames or source.length or 0
             written = 0
             with (
@@ -541,7 +640,7 @@ def _profile(options: argparse.Namespace) -> int:
 
     _check_json(options)
     _check_file(options.report)
-    with _load(options, options.bundle) as model:
+    with _load(options, options.bundle, options.postprocess) as model:
         with progress(f"profiling {options.bundle}") as update:
             found = profile(
                 model,
@@ -558,7 +657,11 @@ def _profile(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     _check_json(options)
-    with _load(options, options.bundle) as model:
+    if options.compare is not None:
+        return _eval_side_by_side(options)
+    if options.panoptic is not None and options.postprocess is not None:
+        raise RequestError("--postprocess is for one model; leave it out, or --panoptic")
+    with _load(options, options.bundle, options.postprocess) as model:
         if options.panoptic is not None:
             found, lines = _eval_segments(options, model)
         elif model.spec.task == "instance":
@@ -582,6 +685,7 @@ def _eval_classes(options: argparse.Namespace, model: Model) -> tuple[dict[str, 
             dataset,
             limit=options.limit,
             boundary=options.boundary,
+            postprocessing=model.postprocessing,
             progress=update,
         )
     columns = {"IoU": found.per_class, "Dice": found.per_class_dice}
@@ -660,6 +764,46 @@ def _eval_segments(
         f"{'':<16}" + "".join(f"{title:>10}" for title in columns),
         *_rows(columns),
     ]
+
+
+def _eval_side_by_side(options: argparse.Namespace) -> int:
+    """One model against itself with steps after the network, and against other models."""
+    from edgeseg.bundle import SHIPPED
+    from edgeseg.compare import Candidate, compare
+    from edgeseg.dataset import open_dataset
+    from edgeseg.instance_dataset import open_instances
+    from edgeseg.postprocess import Postprocessing
+
+    if options.boundary or options.panoptic is not None or options.postprocess is not None:
+        raise RequestError(
+            "--compare has figures of its own; --boundary, --panoptic and --postprocess do not go "
+            "with it"
+        )
+    with ExitStack() as stack:
+        model = stack.enter_context(_load(options, options.bundle))
+        candidates = [Candidate(options.bundle, model.engine)]
+        for item in (name.strip() for name in options.compare.split(",")):
+            if item in SHIPPED or Path(item).exists():
+                other = stack.enter_context(_load(options, item))
+                candidates.append(Candidate(item, other.engine))
+            else:
+                steps = Postprocessing.parse(item)
+                steps.check(model.spec)
+                candidates.append(Candidate(str(steps), model.engine, steps))
+        is_semantic = model.spec.task == "semantic"
+        opened = open_dataset if is_semantic else open_instances
+        dataset = opened(options.data, options.split)
+        with progress(f"comparing on {options.data}") as update:
+            found = compare(candidates, dataset, limit=options.limit, progress=update)
+        lines = [
+            f"{model.spec.name} on {model.engine.description}",
+            f"{found.data} {found.split}, {found.frames} pictures; gains in points; times with "
+            "their middle half",
+            "",
+            found.render(),
+        ]
+        _tell(options, "\n".join(lines), {**found.to_dict(), "engine": model.engine.name})
+    return 0
 
 
 def _rows(columns: Mapping[str, Mapping[str, float | None]]) -> list[str]:
@@ -813,6 +957,48 @@ def _train(options: argparse.Namespace) -> int:
         validate=tuple((uri, "val") for uri in options.validate),
         minutes=options.minutes,
     )
+    return 0
+
+
+def _prune(options: argparse.Namespace) -> int:
+    _check_json(options)
+    _check_file(options.report)
+    from edgeseg.export.prune import Rules, Target
+    from edgeseg.export.prune_request import PruneRequest, prune_checkpoint
+
+    if options.macs is not None:
+        target = Target("macs", options.macs)
+    elif options.params is not None:
+        target = Target("parameters", options.params)
+    else:
+        target = Target("milliseconds", options.milliseconds)
+    made = prune_checkpoint(
+        PruneRequest(
+            model=options.model,
+            target=target,
+            weights=options.weights,
+            size=options.size,
+            importance=options.importance,
+            calibration=tuple(options.calibration),
+            frames=options.frames,
+            labels=options.labels,
+            rules=Rules(options.multiple, options.minimum, tuple(options.protect)),
+            steps=options.steps,
+            engine=options.engine,
+            threads=options.threads,
+        ),
+        options.output,
+        stage=progress,
+    )
+    if options.report is not None:
+        made.report.report().write(options.report)
+    # A model that ships has another name as an architecture.
+    lines = [
+        made.report.render(),
+        f"saved {options.output}; train it further, then `edgeseg export {made.report.model} "
+        f"--weights {options.output} ...`",
+    ]
+    _tell(options, "\n".join(lines), {"checkpoint": str(made.path), **made.report.to_dict()})
     return 0
 
 

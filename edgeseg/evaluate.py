@@ -25,6 +25,7 @@ from edgeseg.metrics import ConfusionMatrix
 from edgeseg.panoptic import Fusion, PanopticResult
 from edgeseg.panoptic_dataset import PanopticDataset
 from edgeseg.panoptic_quality import LabelledSegment, PanopticQuality, QualityFigures
+from edgeseg.postprocess import NOTHING_MORE, Postprocessing
 from edgeseg.result import AnyResult, SemanticResult, result_of
 from edgeseg.spec import Task
 
@@ -250,23 +251,26 @@ def evaluate(
     *,
     limit: int | None = None,
     boundary: bool = False,
+    postprocessing: Postprocessing = NOTHING_MORE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Runs a semantic ``engine`` over ``dataset`` and compares at the size of the pictures.
 
     ``limit``: that many samples at most, spread evenly over the data set, since neighbours in a
     video tell the same story; the whole set by default. ``boundary`` adds the figures of the
-    outlines. ``progress(done, total)`` is called after each sample.
+    outlines. ``postprocessing``: what is done after the network. ``progress(done, total)`` is
+    called after each sample.
 
     Raises DataError when the model's classes are not the data set's, or a file is not as promised,
-    and RequestError when the model is for instances.
+    and RequestError when the model is for instances, or a step not for it.
     """
     total = _total(limit, len(dataset))
     _check_task(engine, "semantic")
+    postprocessing.check(engine.spec)
     scorer = Scorer(engine.spec.classes, dataset.classes, boundary=boundary)
     for done in range(total):
         sample = dataset.sample(done * len(dataset) // total)
-        result = _semantic_result(engine, sample.pixels, done)
+        result = _semantic_result(engine, sample.pixels, done, postprocessing)
         try:
             scorer.add(result.class_map, sample.labels)
         except DataError as error:
@@ -393,25 +397,32 @@ def _check_task(engine: Engine, task: Task) -> None:
         )
 
 
-def _semantic_result(engine: Engine, pixels: Pixels, index: int) -> SemanticResult:
-    result = _result(engine, pixels, index)
+def _semantic_result(
+    engine: Engine, pixels: Pixels, index: int, postprocessing: Postprocessing = NOTHING_MORE
+) -> SemanticResult:
+    result = _result(engine, pixels, index, postprocessing)
     if not isinstance(result, SemanticResult):
         raise EngineError(f"{engine.name} gave {type(result).__name__} for a semantic model")
     return result
 
 
-def _instance_result(engine: Engine, pixels: Pixels, index: int) -> InstanceResult:
-    result = _result(engine, pixels, index)
+def _instance_result(
+    engine: Engine, pixels: Pixels, index: int, postprocessing: Postprocessing = NOTHING_MORE
+) -> InstanceResult:
+    result = _result(engine, pixels, index, postprocessing)
     if not isinstance(result, InstanceResult):
         raise EngineError(f"{engine.name} gave {type(result).__name__} for an instance model")
     return result
 
 
-def _result(engine: Engine, pixels: Pixels, index: int) -> AnyResult:
+def _result(
+    engine: Engine, pixels: Pixels, index: int, postprocessing: Postprocessing
+) -> AnyResult:
     """What a user gets for one picture."""
     frame = Frame.of(pixels, index)
     geometry = Geometry.between(frame.height, frame.width, engine.spec)
-    return result_of(engine.run(geometry.fit(frame.pixels)), frame, geometry, engine.spec)
+    outputs = engine.run(geometry.fit(frame.pixels))
+    return result_of(outputs, frame, geometry, engine.spec, postprocessing)
 
 
 def match_classes(model: tuple[str, ...], truth: tuple[str, ...], title: str) -> tuple[int, ...]:

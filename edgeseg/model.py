@@ -13,6 +13,7 @@ from edgeseg.engine.device_frame import frame_of
 from edgeseg.frame import Frame
 from edgeseg.geometry import Geometry
 from edgeseg.pipeline import Pipeline
+from edgeseg.postprocess import NOTHING_MORE, Postprocessing
 from edgeseg.result import AnyResult, result_of
 from edgeseg.source import Source, open_source
 from edgeseg.spec import ModelSpec
@@ -23,9 +24,13 @@ __all__ = ["Model", "load"]
 class Model:
     """A bundle on an engine. Also a context manager; ``close`` gives the memory back."""
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: Engine, postprocessing: Postprocessing = NOTHING_MORE
+    ) -> None:
+        postprocessing.check(bundle.spec)
         self._bundle = bundle
         self._engine = engine
+        self._postprocessing = postprocessing
 
     @property
     def bundle(self) -> Bundle:
@@ -36,6 +41,11 @@ class Model:
     def engine(self) -> Engine:
         """What runs it."""
         return self._engine
+
+    @property
+    def postprocessing(self) -> Postprocessing:
+        """What is done after the network."""
+        return self._postprocessing
 
     @property
     def spec(self) -> ModelSpec:
@@ -52,7 +62,7 @@ class Model:
         taken = frame if isinstance(frame, Frame) else frame_of(frame)
         geometry = Geometry.between(taken.height, taken.width, self.spec)
         outputs = self._engine.submit(self._engine.prepare(taken, geometry)).outputs()
-        return result_of(outputs, taken, geometry, self.spec)
+        return result_of(outputs, taken, geometry, self.spec, self._postprocessing)
 
     def stream(
         self, source: str | int | os.PathLike[str] | Source, *, frames: int | None = None
@@ -71,7 +81,9 @@ class Model:
             if isinstance(source, Source)
             else open_source(os.fspath(source) if isinstance(source, os.PathLike) else str(source))
         )
-        return self._results(Pipeline(self._engine, opened, max_frames=frames))
+        return self._results(
+            Pipeline(self._engine, opened, max_frames=frames, postprocessing=self._postprocessing)
+        )
 
     @staticmethod
     def _results(pipeline: Pipeline) -> Iterator[AnyResult]:
@@ -100,6 +112,7 @@ def load(
     engine: str | None = None,
     threads: int = 0,
     compiled_head: bool | None = None,
+    postprocessing: str | Postprocessing = NOTHING_MORE,
 ) -> Model:
     """The model of a bundle, opened on the best engine that is here.
 
@@ -107,9 +120,15 @@ def load(
     (``"streets"``, ``"streets-int8"``). ``engine``: ``"tensorrt"``, ``"openvino"`` or
     ``"onnxruntime"``; None chooses. TensorRT builds its plan the first time, which takes minutes.
     ``threads``: 0 leaves it to the library. ``compiled_head``: False upsamples inside the graph,
-    None uses the compiled kernel if it is there.
+    None uses the compiled kernel if it is there. ``postprocessing``: steps after the network, as
+    `Postprocessing` or by name, such as ``"refine"``; docs/postprocessing.md has their prices.
 
     BundleError, EngineError or RequestError say in one sentence what is wrong and what helps.
     """
+    if isinstance(postprocessing, str):
+        postprocessing = Postprocessing.parse(postprocessing)
     bundle = Bundle.open(source)
-    return Model(bundle, open_engine(bundle, engine, threads=threads, compiled_head=compiled_head))
+    # Before the engine is opened: that may take minutes.
+    postprocessing.check(bundle.spec)
+    opened = open_engine(bundle, engine, threads=threads, compiled_head=compiled_head)
+    return Model(bundle, opened, postprocessing)

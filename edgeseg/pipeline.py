@@ -16,6 +16,7 @@ from edgeseg.engine.base import Engine, Pending, Prepared
 from edgeseg.errors import RequestError
 from edgeseg.frame import Frame
 from edgeseg.geometry import Geometry
+from edgeseg.postprocess import NOTHING_MORE, Postprocessing
 from edgeseg.result import AnyOutputs, AnyResult, result_of
 from edgeseg.source import Source
 
@@ -92,7 +93,8 @@ class Ledger:
 
     ``capture`` is the time inside the source, waiting for a live one included; ``fit`` the way to
     network size and, on a GPU, into its memory; ``network`` and ``head`` what the engine reports (a
-    head of 0 runs inside the network); ``restore`` brings the masks to frame size;
+    head of 0 runs inside the network); ``restore`` brings the masks to frame size,
+    postprocessing included;
     ``output`` is drawing and writing, which the caller records. Waiting in line, for the engine or
     for the caller, is in no stage; mask age has it. Percentiles cover the latest 20 000 frames,
     counts all.
@@ -222,7 +224,8 @@ class Pipeline:
     processed when the next came is dropped and counted, and so is a mask that the caller did not
     take in time. A mask is given out when it is finished, whether or not another frame comes.
 
-    ``max_frames`` ends the iteration after so many results. What goes wrong in a thread is raised
+    ``max_frames`` ends the iteration after so many results. ``postprocessing`` is what is done to
+    the outputs on their way to a result. What goes wrong in a thread is raised
     in the caller's loop, after the results that were finished before. Use it in ``with``: leaving
     the block, however that happens, ends the threads and closes the source (not the engine)::
 
@@ -232,8 +235,15 @@ class Pipeline:
     """
 
     def __init__(
-        self, engine: Engine, source: Source, *, depth: int = 2, max_frames: int | None = None
+        self,
+        engine: Engine,
+        source: Source,
+        *,
+        depth: int = 2,
+        max_frames: int | None = None,
+        postprocessing: Postprocessing = NOTHING_MORE,
     ) -> None:
+        postprocessing.check(engine.spec)
         if depth < 1:
             raise RequestError(f"the depth of a pipeline is at least 1, and {depth} came")
         if max_frames is not None and max_frames < 1:
@@ -241,6 +251,7 @@ class Pipeline:
         self._engine = engine
         self._source = source
         self._max_frames = max_frames
+        self._postprocessing = postprocessing
         self._ledger = Ledger()
         newest_only = source.live
         self._waiting: _Channel[_Waiting] = _Channel(1 if newest_only else depth, newest_only)
@@ -402,7 +413,9 @@ class Pipeline:
     def _deliver(self, waiting: _Waiting, outputs: AnyOutputs) -> None:
         """Outputs -> the caller."""
         started_ns = time.perf_counter_ns()
-        result = result_of(outputs, waiting.frame, waiting.geometry, self._engine.spec)
+        result = result_of(
+            outputs, waiting.frame, waiting.geometry, self._engine.spec, self._postprocessing
+        )
         self._ledger.record("fit", waiting.prepare_ns + outputs.fit_ns)
         self._ledger.count_finished(result, time.perf_counter_ns() - started_ns)
         if self._results.put(result):

@@ -245,7 +245,9 @@ def profile(
     blank = np.zeros((model.spec.height, model.spec.width, 3), np.uint8)
     for _ in range(_WARM_UP):
         model(blank)
-    with Pipeline(engine, open_source(uri), max_frames=frames) as pipeline:
+    with Pipeline(
+        engine, open_source(uri), max_frames=frames, postprocessing=model.postprocessing
+    ) as pipeline:
         last: Result | None = None
         for done, result in enumerate(pipeline, 1):
             last = result

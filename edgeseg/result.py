@@ -10,11 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeseg.borders import border_step, refine_borders
 from edgeseg.draw import draw_classes
 from edgeseg.errors import RequestError
 from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
 from edgeseg.instances import InstanceOutputs, InstanceResult
+from edgeseg.postprocess import NOTHING_MORE, Postprocessing
 from edgeseg.spec import ModelSpec
 
 __all__ = ["AnyOutputs", "AnyResult", "Outputs", "Result", "SemanticResult", "result_of"]
@@ -84,7 +86,9 @@ class Outputs:
 class SemanticResult:
     """The classes of one frame.
 
-    The arrays belong to the user; nothing overwrites them later.
+    With ``refined`` the borders between them are those of the frame, see `edgeseg.borders`; the
+    confidence stays what the network said of its own class. The arrays belong to the user;
+    nothing overwrites them later.
     """
 
     frame: Frame
@@ -92,13 +96,20 @@ class SemanticResult:
     geometry: Geometry
     outputs: Outputs
     finished_ns: int = field(default_factory=time.monotonic_ns)
+    refined: bool = False
 
     @classmethod
     def from_outputs(
-        cls, outputs: Outputs, frame: Frame, geometry: Geometry, spec: ModelSpec
+        cls,
+        outputs: Outputs,
+        frame: Frame,
+        geometry: Geometry,
+        spec: ModelSpec,
+        *,
+        refined: bool = False,
     ) -> SemanticResult:
         """The result of ``frame``, finished now, its class map already at frame size."""
-        result = cls(frame=frame, spec=spec, geometry=geometry, outputs=outputs)
+        result = cls(frame=frame, spec=spec, geometry=geometry, outputs=outputs, refined=refined)
         # A mask is finished when it is at frame size: bring it there before the clock is read.
         _ = result.class_map
         object.__setattr__(result, "finished_ns", time.monotonic_ns())
@@ -107,7 +118,10 @@ class SemanticResult:
     @cached_property
     def class_map(self) -> NDArray[np.uint8]:
         """Class of every pixel of the frame: (frame height, frame width) uint8."""
-        return self.geometry.restore(self.outputs.class_map)
+        class_map = self.geometry.restore(self.outputs.class_map)
+        if self.refined:
+            return refine_borders(class_map, self.frame.pixels, border_step(self.geometry))
+        return class_map
 
     @cached_property
     def confidence(self) -> NDArray[np.uint8] | None:
@@ -174,8 +188,19 @@ AnyOutputs = Outputs | InstanceOutputs
 AnyResult = SemanticResult | InstanceResult
 
 
-def result_of(outputs: AnyOutputs, frame: Frame, geometry: Geometry, spec: ModelSpec) -> AnyResult:
-    """The result that belongs to ``outputs``, finished now, its masks already at frame size."""
+def result_of(
+    outputs: AnyOutputs,
+    frame: Frame,
+    geometry: Geometry,
+    spec: ModelSpec,
+    postprocessing: Postprocessing = NOTHING_MORE,
+) -> AnyResult:
+    """The result that belongs to ``outputs``, finished now, its masks already at frame size.
+
+    ``postprocessing``: what is done on the way, checked against ``spec`` before.
+    """
     if isinstance(outputs, InstanceOutputs):
         return InstanceResult.from_outputs(outputs, frame, geometry, spec)
-    return SemanticResult.from_outputs(outputs, frame, geometry, spec)
+    return SemanticResult.from_outputs(
+        outputs, frame, geometry, spec, refined=postprocessing.refine
+    )

@@ -24,6 +24,7 @@ __all__ = [
     "OUTPUTS",
     "Detections",
     "GraphWriter",
+    "Rescoring",
     "append_instance_outputs",
     "append_yolact_head",
     "append_yolact_selection",
@@ -64,6 +65,17 @@ class Detections:
     labels: str
     count: str
     sources: str
+
+
+@dataclass(frozen=True, eq=False)
+class Rescoring:
+    """The network that tells from a mask how well it covers its object (YOLACT++).
+
+    ``weights``: state_dict key -> kernels and biases of its convolutions, in order. All but the
+    last have a stride of 2; ReLU follows each, and the maximum over what is left of the mask.
+    """
+
+    weights: Mapping[str, NDArray[np.float32]]
 
 
 def _node(
@@ -121,12 +133,16 @@ def append_yolact_head(
     priors: NDArray[np.float32],
     spec: ModelSpec,
     selection: Selection,
+    *,
+    rescoring: Rescoring | None = None,
+    opset: int = _OPSET,
 ) -> list[onnx.FunctionProto]:
     """Makes ``graph``, which ends with YOLACT's raw heads, keep the contract of instance models.
 
     Its outputs are, in order, ``loc`` (1, A, 4), ``conf`` (1, A, classes + 1), coefficients (1, A,
-    channels) and prototypes (1, channels, ``spec.mask_height``, ``spec.mask_width``). Returns the
-    body of ``EdgeSegMaskAssembly``.
+    channels) and prototypes (1, channels, ``spec.mask_height``, ``spec.mask_width``). With
+    ``rescoring`` the scores are multiplied by what it thinks of the masks, and rank the detections
+    anew. Returns the body of ``EdgeSegMaskAssembly``, in operators of ``opset``.
     """
     loc, conf, coefficients, prototypes = (output.name for output in graph.output)
     size = (spec.height, spec.width)
@@ -135,6 +151,8 @@ def append_yolact_head(
     )
     write = GraphWriter(graph, _OURS)
     chosen = write.node("Gather", [coefficients, found.sources], "chosen", axis=1)
+    if rescoring is not None:
+        found, chosen = _rescored(write, rescoring, prototypes, chosen, found, spec)
     graph.node.append(
         helper.make_node(
             MASK_ASSEMBLY,
@@ -147,7 +165,115 @@ def append_yolact_head(
         )
     )
     append_instance_outputs(graph, spec, found, f"{_OURS}masks")
-    return [mask_assembly_function()]
+    return [mask_assembly_function(opset)]
+
+
+def _rescored(
+    write: GraphWriter,
+    rescoring: Rescoring,
+    prototypes: str,
+    coefficients: str,
+    found: Detections,
+    spec: ModelSpec,
+) -> tuple[Detections, str]:
+    """``found`` and its ``coefficients`` (1, K, channels), by scores that know the masks."""
+    rows = spec.capacity
+    masks = _cropped_masks(write, prototypes, coefficients, found.boxes, spec)
+    keys = list(rescoring.weights)
+    for kernel, bias in zip(keys[::2], keys[1::2], strict=True):
+        for key in (kernel, bias):
+            write.graph.initializer.append(numpy_helper.from_array(rescoring.weights[key], key))
+        values = rescoring.weights[kernel]
+        stride = 1 if bias == keys[-1] else 2
+        layer = kernel.removesuffix(".weight")
+        masks = write.node(
+            "Conv",
+            [masks, kernel, bias],
+            layer,
+            kernel_shape=list(values.shape[2:]),
+            strides=[stride, stride],
+        )
+        masks = write.node("Relu", [masks], f"{layer}.relu")
+    best = write.node("GlobalMaxPool", [masks], "best_overlap")
+    flat = write.integers([rows, len(spec.classes)], "overlap_shape")
+    overlaps = write.node("Reshape", [best, flat], "overlaps")
+    column = write.integers([rows, 1], "label_column")
+    labels = write.node("Reshape", [found.labels, column], "label_of_row")
+    overlap = write.node("GatherElements", [overlaps, labels], "overlap", axis=1)
+    overlap = write.node("Reshape", [overlap, write.integers([1, rows], "one_row")], "overlap_row")
+
+    product = write.node("Mul", [found.scores, overlap], "mask_score")
+    # A mask that is no number covers nothing; what is no detection stays behind those that are.
+    zero, none = f"{write.prefix}zero", f"{write.prefix}none"
+    is_number = write.node("LessOrEqual", [zero, product], "mask_score_is_number")
+    product = write.node("Where", [is_number, product, zero], "number_of_mask_score")
+    index = write.constant(np.arange(rows, dtype=np.int32)[None], "row_index")
+    real = write.node("Less", [index, found.count], "row_is_real")
+    product = write.node("Where", [real, product, none], "rank")
+    write.node(
+        "TopK",
+        [product, write.integers([rows], "rescored_rows")],
+        "best_rescored",
+        outputs=("rescored", "rescored_from"),
+        axis=1,
+    )
+    order = write.node(
+        "Reshape", [f"{write.prefix}rescored_from", f"{write.prefix}flat"], "rescored_order"
+    )
+    ranked = Detections(
+        boxes=write.node("Gather", [found.boxes, order], "rescored_boxes", axis=1),
+        scores=write.node("Relu", [f"{write.prefix}rescored"], "rescored_scores"),
+        labels=write.node("Gather", [found.labels, order], "rescored_labels", axis=1),
+        count=found.count,
+        sources=write.node("Gather", [found.sources, order], "rescored_sources", axis=0),
+    )
+    return ranked, write.node("Gather", [coefficients, order], "rescored_chosen", axis=1)
+
+
+def _cropped_masks(
+    write: GraphWriter, prototypes: str, coefficients: str, boxes: str, spec: ModelSpec
+) -> str:
+    """(K, 1, h, w) float32: what ``EdgeSegMaskAssembly`` makes levels of, before it does."""
+    rows, height, width = spec.capacity, spec.mask_height, spec.mask_width
+    planes = write.node(
+        "Reshape", [prototypes, write.integers([1, -1, height * width], "plane_shape")], "planes"
+    )
+    sums = write.node("MatMul", [coefficients, planes], "mask_sums")
+    odds = write.node("Sigmoid", [sums], "mask_odds")
+    odds = write.node(
+        "Reshape", [odds, write.integers([rows, 1, height, width], "mask_shape")], "mask_grid"
+    )
+    corners = [f"corner_{name}" for name in ("x1", "y1", "x2", "y2")]
+    shaped = write.node(
+        "Reshape", [boxes, write.integers([rows, 4, 1, 1], "box_column")], "mask_boxes"
+    )
+    write.node(
+        "Split", [shaped, f"{write.prefix}quarters"], "mask_corners", outputs=corners, axis=1
+    )
+    one = write.number(1.0, "sample")
+    inside = []
+    for axis, samples, size in ((0, width, spec.width), (1, height, spec.height)):
+        name = "xy"[axis]
+        count = write.number(float(samples), f"mask_samples_{name}")
+        pixels = write.number(float(size), f"mask_pixels_{name}")
+        ends = [
+            write.node(
+                "Div",
+                [write.node("Mul", [write.prefix + corner, count], f"{corner}_times"), pixels],
+                f"{corner}_sample",
+            )
+            for corner in corners[axis::2]
+        ]
+        low = write.node("Sub", [write.node("Min", ends, f"mask_low_{name}"), one], f"from_{name}")
+        high = write.node("Add", [write.node("Max", ends, f"mask_high_{name}"), one], f"to_{name}")
+        shape = (1, 1, 1, samples) if name == "x" else (1, 1, samples, 1)
+        places = np.arange(samples, dtype=np.float32).reshape(shape)
+        place = write.constant(places, f"mask_place_{name}")
+        after = write.node("LessOrEqual", [low, place], f"after_{name}")
+        before = write.node("Less", [place, high], f"before_{name}")
+        inside.append(write.node("And", [after, before], f"inside_{name}"))
+    both = write.node("And", inside, "inside_box")
+    return write.node("Where", [both, odds, f"{write.prefix}zero"], "cropped_masks")
 
 
 def append_instance_outputs(
@@ -456,8 +582,8 @@ def _worst_excess(
     return write.node("ReduceMax", [excess, last], f"worst_excess{name}", keepdims=0)
 
 
-def mask_assembly_function() -> onnx.FunctionProto:
-    """``EdgeSegMaskAssembly`` in standard operators.
+def mask_assembly_function(opset: int = _OPSET) -> onnx.FunctionProto:
+    """``EdgeSegMaskAssembly`` in standard operators, those of ``opset``.
 
     ``prototypes`` float32 (N, channels, h, w), ``coefficients`` float32 (N, K, channels), ``boxes``
     float32 (N, K, 4) xyxy in pixels of an input of ``network_height`` x ``network_width``,
@@ -535,7 +661,7 @@ def mask_assembly_function() -> onnx.FunctionProto:
         ["prototypes", "coefficients", "boxes", "count"],
         ["masks"],
         write.nodes,
-        [helper.make_opsetid("", _OPSET)],
+        [helper.make_opsetid("", opset)],
         attributes=["network_height", "network_width"],
     )
 

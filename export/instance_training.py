@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,12 +21,12 @@ from edgeseg.export.models.yolact import Yolact
 from edgeseg.export.multibox import Objects, multibox_losses
 from edgeseg.export.recipe import Recipe
 from edgeseg.export.torchengine import TorchEngine
-from edgeseg.export.training_task import Batch, Score, TrainingTask
+from edgeseg.export.training_task import Batch, Batches, Score, TrainingTask
 from edgeseg.frame import Pixels
 from edgeseg.instance_dataset import InstanceDataset, InstanceSample, open_instances
 from edgeseg.spec import ModelSpec
 
-__all__ = ["InstanceTraining"]
+__all__ = ["InstanceBatches", "InstanceTraining"]
 
 Truth = tuple[Objects, ...]
 
@@ -35,6 +34,33 @@ Truth = tuple[Objects, ...]
 _LEAST = 64
 #: what kept samples may take together
 _KEPT_BYTES = 3 << 30
+
+
+class InstanceBatches(Batches[Truth]):
+    """Crops of the data sets of ``recipe``; ``grid`` is (height, width) of the masks."""
+
+    def __init__(
+        self, recipe: Recipe, datasets: Sequence[InstanceDataset], grid: tuple[int, int]
+    ) -> None:
+        self._recipe = recipe
+        self._datasets = [_Kept(dataset) for dataset in datasets]
+        self._grid = grid
+        full = Augmentation.of(recipe)
+        self._augment = [full.weakened(source.augment) for source in recipe.sources]
+
+    def drawn(self, rng: np.random.Generator) -> Batch[Truth]:
+        """See ``Batches.drawn``."""
+        images, truth = [], []
+        for dataset, source, augment in zip(
+            self._datasets, self._recipe.sources, self._augment, strict=True
+        ):
+            for _ in range(source.share):
+                sample = dataset.sample(int(rng.integers(len(dataset))))
+                height, width = sample.pixels.shape[:2]
+                placement = augment.drawn(height, width, rng)
+                images.append(augment.recoloured(placement.picture(sample.pixels), rng))
+                truth.append(_objects(sample, placement, self._grid))
+        return Batch(torch.from_numpy(np.stack(images)), tuple(truth))
 
 
 class InstanceTraining(TrainingTask[Truth]):
@@ -48,11 +74,9 @@ class InstanceTraining(TrainingTask[Truth]):
 
     def __init__(self, recipe: Recipe, validate: Sequence[tuple[str, str]]) -> None:
         self._recipe = recipe
-        self._datasets = [
-            _Kept(open_instances(source.uri, source.split)) for source in recipe.sources
-        ]
+        datasets = [open_instances(source.uri, source.split) for source in recipe.sources]
         self._checks = [open_instances(uri, split) for uri, split in validate]
-        self.classes = _common_classes([*(kept.dataset for kept in self._datasets), *self._checks])
+        self.classes = _common_classes([*datasets, *self._checks])
         network = create(
             recipe.model, len(self.classes) + 1, auxiliary_heads=recipe.auxiliary_heads
         )
@@ -62,23 +86,7 @@ class InstanceTraining(TrainingTask[Truth]):
                 "train it where it comes from and export its checkpoint"
             )
         self.network = network
-        full = Augmentation.of(recipe)
-        self._augment = [full.weakened(source.augment) for source in recipe.sources]
-        self._grid = network.mask_size(*recipe.crop)
-
-    def batch(self, rng: np.random.Generator) -> Batch[Truth]:
-        """See ``TrainingTask.batch``."""
-        images, truth = [], []
-        for dataset, source, augment in zip(
-            self._datasets, self._recipe.sources, self._augment, strict=True
-        ):
-            for _ in range(source.share):
-                sample = dataset.sample(int(rng.integers(len(dataset))))
-                height, width = sample.pixels.shape[:2]
-                placement = augment.drawn(height, width, rng)
-                images.append(augment.recoloured(placement.picture(sample.pixels), rng))
-                truth.append(_objects(sample, placement, self._grid))
-        return Batch(torch.from_numpy(np.stack(images)), tuple(truth))
+        self.batches = InstanceBatches(recipe, datasets, network.mask_size(*recipe.crop))
 
     def losses(self, found: object, truth: Truth, device: torch.device) -> dict[str, Tensor]:
         """See ``TrainingTask.losses``: the parts of ``multibox_losses``."""
@@ -98,8 +106,9 @@ class InstanceTraining(TrainingTask[Truth]):
                 for name, value in best.to_classes().items()
             )
             masks = "" if result.mask is None else f"  mask AP {result.mask.ap:.4f}"
+            kind = "box" if result.mask is None else "mask"
             text = f"{dataset.title}: box AP {result.box.ap:.4f}{masks}  {named}"
-            found.append(Score(best.ap, text))
+            found.append(Score(f"{dataset.title} {kind} AP", best.ap, text))
         return found
 
     def _spec(self, dataset: InstanceDataset) -> ModelSpec:
@@ -184,22 +193,20 @@ class _Kept:
     """
 
     def __init__(self, dataset: InstanceDataset) -> None:
-        self.dataset = dataset
+        self._dataset = dataset
         self._packed: dict[int, _Packed] = {}
         self._bytes = 0
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self._dataset)
 
     def sample(self, index: int) -> InstanceSample:
-        """As ``Pictures.sample``; may be called by several threads."""
-        with self._lock:
-            packed = self._packed.get(index)
-            if packed is None:
-                sample = self.dataset.sample(index)
-                self._keep(index, sample)
-                return sample
+        """As ``Pictures.sample``."""
+        packed = self._packed.get(index)
+        if packed is None:
+            sample = self._dataset.sample(index)
+            self._keep(index, sample)
+            return sample
         pixels: Pixels = cv2.imdecode(np.frombuffer(packed.picture, np.uint8), cv2.IMREAD_COLOR)  # type: ignore[assignment]
         return InstanceSample(packed.name, packed.number, pixels, packed.annotations)
 

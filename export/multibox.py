@@ -70,16 +70,18 @@ def multibox_losses(heads: Heads, truth: Sequence[Objects]) -> dict[str, Tensor]
 
     ``heads``: of N pictures; ``truth``: one for each. ``box``: smooth L1 of the encoded boxes;
     ``class``: cross entropy of all priors with an object, and of the background priors the three
-    times as many that are hardest; ``mask``: binary cross entropy within the object's box, over the
-    area of that box; each over the number of priors with an object in the whole batch. ``pixel``,
-    if the network has the head for it: binary cross entropy of each class at each cell.
+    times as many that are hardest (three where a picture has no object); ``mask``: binary cross
+    entropy within the object's box, over the area of that box; each over the number of priors with
+    an object in the whole batch. ``pixel``, if the network has the head for it: binary cross
+    entropy of each class at each cell.
     """
     conf = heads["conf"].float()
     loc = heads["loc"].float()
     coefficients = heads["mask"].float()
     prototypes = heads["proto"].float()
     priors = heads["priors"].float()
-    zero = loc.sum() * 0.0
+    # Every parameter has a part in the loss, also where there is no object.
+    zero = (loc.sum() + coefficients.sum() + prototypes.sum()) * 0.0
     box = class_ = mask = zero
     count = 0
     for index, objects in enumerate(truth):
@@ -185,7 +187,7 @@ def _mask_loss(prototypes: Tensor, coefficients: Tensor, own: Tensor, objects: O
     # The crop of the detections, which is one sample wider each way.
     inside = (y >= y1 - 1) & (y < y2 + 1) & (x >= x1 - 1) & (x < x2 + 1)
     areas = ((x2 - x1) * (y2 - y1)).flatten().clamp(min=1.0)
-    each = (losses * inside).sum(dim=(1, 2)) / areas
+    each: Tensor = (losses * inside).sum(dim=(1, 2)) / areas
     return each.sum() * (count / len(own))
 
 
@@ -202,7 +204,8 @@ def _pixel_loss(logits: Tensor, truth: Sequence[Objects]) -> Tensor:
         for mask, label in zip(masks, objects.labels[asked].tolist(), strict=True):
             wanted[index, label] = torch.maximum(wanted[index, label], (mask > 0.5).float())
     losses = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-    return losses.mean(dim=(2, 3)).sum() / len(truth)
+    loss: Tensor = losses.mean(dim=(2, 3)).sum() / len(truth)
+    return loss
 
 
 def _intersections(first: Tensor, second: Tensor) -> Tensor:

@@ -115,8 +115,9 @@ def export_network(
     opset = OPSET
     if isinstance(network, InstanceNetwork):
         _check_instances(network, spec)
+        opset = network.opset
         names = tuple(f"{_OURS}{name}" for name in network.raw_names)
-        graph = traced(_Raw(network), (spec.height, spec.width), names)
+        graph = traced(_Raw(network), (spec.height, spec.width), names, opset=opset)
         image_convolutions = network.image_convolutions
     elif isinstance(network, OwnNetwork):
         opset = network.opset
@@ -183,7 +184,11 @@ def _check_instances(network: InstanceNetwork, spec: ModelSpec) -> None:
 
 
 def traced(
-    module: nn.Module, size: tuple[int, int], outputs: tuple[str, ...] = (f"{_OURS}logits",)
+    module: nn.Module,
+    size: tuple[int, int],
+    outputs: tuple[str, ...] = (f"{_OURS}logits",),
+    *,
+    opset: int = OPSET,
 ) -> onnx.GraphProto:
     """``module`` between normalised image, ``edgeseg.x``, and logits, with batch norms still in it.
 
@@ -202,7 +207,7 @@ def traced(
             (example,),
             dynamo=True,
             optimize=False,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=["edgeseg.x"],
             output_names=list(outputs),
             verbose=False,

@@ -173,23 +173,34 @@ def _network(
             f"{request.model} has its own normalisation and outputs; mean, std, channel order, "
             "scale, corners, adapter and output name are for models of your own"
         )
-    if request.model in SHIPPED:
-        if request.weights is not None:
+    return read_network(request.model, request.weights)
+
+
+def read_network(
+    model: str, weights: str | None, *, auxiliary_heads: bool = False
+) -> tuple[SemanticNetwork | InstanceNetwork, str, Path]:
+    """The network called ``model`` with its weights, its architecture, and where they came from.
+
+    ``model``: an architecture, with ``weights`` as ``read_weights`` takes them, or a model that
+    ships with EdgeSeg, without. ``auxiliary_heads``: also the heads that only training uses, if the
+    checkpoint has them. RequestError for other combinations, WeightsError for the checkpoint.
+    """
+    if model in SHIPPED:
+        if weights is not None:
             raise RequestError(
-                f"{request.model} comes with its weights, and {request.weights} came too; to "
+                f"{model} comes with its weights, and {weights} came too; to "
                 "export a checkpoint of your own, name its architecture: "
                 f"{', '.join(DEFINITIONS)}"
             )
-        shipped = Bundle.open(request.model)
+        shipped = Bundle.open(model)
         architecture, weights = shipped.spec.architecture, str(shipped.model_path)
     else:
-        architecture = definition(request.model).name
-        if request.weights is None:
+        architecture = definition(model).name
+        if weights is None:
             raise RequestError(
                 f"{architecture} has no weights of its own; give a checkpoint with --weights "
                 f"(published ones: {DEFINITIONS[architecture].checkpoints}), or export streets"
             )
-        weights = request.weights
     state = read_weights(weights)
     key = DEFINITIONS[architecture].network.classifier
     if key not in state:
@@ -201,7 +212,12 @@ def _network(
             f"(first {broken[0]}); take one from before the training diverged"
         )
     num_classes = DEFINITIONS[architecture].network.classes_in(state)
-    network = load_weights(create(architecture, num_classes), state)
+    network = create(architecture, num_classes, auxiliary_heads=auxiliary_heads)
+    if auxiliary_heads:
+        found = network.current_names(state)
+        if any(name not in found for name, _ in network.named_parameters()):
+            network = create(architecture, num_classes)
+    load_weights(network, state)
     assert isinstance(network, SemanticNetwork | InstanceNetwork)
     path = Path(weights)
     if not path.is_file():

@@ -91,10 +91,10 @@ class Rules:
     """Which widths a layer may have.
 
     A layer keeps all of its channels, or a ``multiple`` of them, ``minimum`` at least. 8 suits
-    FP16 on tensor cores and the vectors of a CPU (AVX-512 has 16 floats). INT8 on tensor cores
-    packs 32 channels (TensorRT's format CHW32, docs.nvidia.com/deeplearning/tensorrt, "I/O
-    Formats"), so on an Orin other widths are computed as the next multiple of 32. ``protect``: names of
-    layers, or modules for all in them, that keep their channels.
+    FP16 on tensor cores, which TensorRT feeds 8 channels at a time (format HWC8), and the vectors
+    of a CPU. 32 suits INT8, where it packs 32 channels (CHW32; both in its documentation's "I/O
+    Formats") and others are filled up with zeros. ``protect``: names of layers, or of modules for
+    all in them, that keep their channels.
     """
 
     multiple: int = 8
@@ -173,7 +173,7 @@ def prune(
         )
     for step in range(1, steps + 1):
         goal = began + (least - began) * step / steps
-        plan = _Plan.of(network, importance, rules)
+        plan = _Plan.of(network, positions, importance, rules)
         if step == 1:
             _check_reachable(plan, meter, least)
         chunks = plan.chunks_for(goal, meter)
@@ -251,11 +251,18 @@ class _Plan:
     """The order in which a network's chunks go."""
 
     network: Network
+    positions: Mapping[str, int]
     couplings: tuple[Coupling, ...]
     chunks: tuple[_Chunk, ...]
 
     @classmethod
-    def of(cls, network: Network, importance: Importance, rules: Rules) -> _Plan:
+    def of(
+        cls,
+        network: Network,
+        positions: Mapping[str, int],
+        importance: Importance,
+        rules: Rules,
+    ) -> _Plan:
         couplings = find_couplings(network, protect=rules.protect).items
         scored: list[tuple[float, _Chunk]] = []
         for index, scores in enumerate(importance(network, couplings)):
@@ -265,7 +272,7 @@ class _Plan:
         # Within a coupling scores ascend, and equal ones stay in order: a chunk never goes before
         # another that makes room for it.
         scored.sort(key=lambda pair: pair[0])
-        return cls(network, couplings, tuple(chunk for _, chunk in scored))
+        return cls(network, positions, couplings, tuple(chunk for _, chunk in scored))
 
     def removed(self, count: int) -> list[NDArray[np.int64]]:
         """Bundles of each coupling that the first ``count`` chunks hold."""
@@ -319,8 +326,11 @@ class _Plan:
         ]
 
     def _stations(self) -> list[int]:
-        """Numbers of chunks that leave about equal distances in multiplications between them."""
-        ...
+        """Numbers of chunks from 0 to all, about equally far apart in multiplications."""
+        positions = self.positions
+        macs = [total(self.structure(n), positions).macs for n in range(len(self.chunks) + 1)]
+        levels = np.linspace(macs[0], macs[-1], 2**_MEASURED)
+        return sorted({bisect_left(macs, -level, key=lambda each: -each) for level in levels})
 
 
 def _cut(scores: NDArray[np.float64], rules: Rules) -> list[NDArray[np.int64]]:

@@ -9,7 +9,11 @@ from edgeseg.errors import RequestError
 from edgeseg.export.models import definition
 from edgeseg.tomlfile import read_toml
 
-__all__ = ["Recipe", "Source"]
+__all__ = ["LOSSES", "OPTIMIZERS", "Recipe", "Source"]
+
+LOSSES = ("ohem", "bootstrapped")
+#: "sgd" has a momentum of 0.9
+OPTIMIZERS = ("adamw", "sgd")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,12 @@ class Recipe:
     height at which a whole picture counts as scale 1. ``learning_rate`` falls to zero as
     ``(1 - step / steps) ** power`` after ``warmup`` steps of linear rise. ``average`` is the decay
     of the weights' exponential moving average, which is what is evaluated and saved.
-    ``class_weights`` raises rare classes by ``frequency ** -class_weights``, clipped to 0.5-5.
+    ``accumulate``: batches of which the gradients make one step.
+
+    Of semantic networks alone: ``loss`` is "ohem" (BiSeNet's) or "bootstrapped" (FC-HarDNet's);
+    ``class_weights`` raises rare classes by ``frequency ** -class_weights``, clipped to 0.5-5; a
+    pixel at a distance of d pixels from a boundary counts
+    ``1 + boundary_weight * exp(-d / boundary_reach)`` times. YOLACT has its own loss.
     """
 
     model: str
@@ -44,12 +53,17 @@ class Recipe:
     scale: tuple[float, float] = (0.6, 1.8)
     aspect: float = 1.3
     colour: float = 0.5
+    accumulate: int = 1
+    optimizer: str = "adamw"
     learning_rate: float = 5e-4
     weight_decay: float = 1e-4
     power: float = 0.9
     warmup: int = 100
     average: float = 0.998
+    loss: str = "ohem"
     class_weights: float = 0.5
+    boundary_weight: float = 0.0
+    boundary_reach: float = 5.0
     auxiliary_heads: bool = False
     mixed_precision: bool = True
     seed: int = 0
@@ -68,6 +82,21 @@ class Recipe:
             )
         if self.steps < 1:
             raise RequestError(f"a recipe has at least one step, and {self.steps} came")
+        if self.accumulate < 1:
+            raise RequestError(
+                f"a step has at least one batch, and accumulate is {self.accumulate}"
+            )
+        if self.optimizer not in OPTIMIZERS:
+            raise RequestError(
+                f"the optimizer is one of {', '.join(OPTIMIZERS)}, and {self.optimizer!r} came"
+            )
+        if self.loss not in LOSSES:
+            raise RequestError(f"the loss is one of {', '.join(LOSSES)}, and {self.loss!r} came")
+        if self.boundary_weight < 0 or self.boundary_reach <= 0:
+            raise RequestError(
+                "boundary_weight is 0 or more and boundary_reach above 0 pixels, and "
+                f"{self.boundary_weight} and {self.boundary_reach} came"
+            )
         entry = definition(self.model)
         stride = entry.network.stride
         least = max(stride, entry.network.smallest)

@@ -2,53 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeseg.classes import ClassList
 from edgeseg.dataset import Dataset, open_dataset
 from edgeseg.errors import DataError
 from edgeseg.export.augment import Augmentation
-from edgeseg.export.losses import ohem_cross_entropy
+from edgeseg.export.losses import (
+    bootstrapped_cross_entropy,
+    boundary_weights,
+    ohem_cross_entropy,
+)
 from edgeseg.export.models import create_semantic
 from edgeseg.export.models.network import Network
 from edgeseg.export.models.semantic import SemanticNetwork
 from edgeseg.export.preprocess import evaluate_network
 from edgeseg.export.recipe import Recipe
-from edgeseg.export.training_task import Batch, Score, TrainingTask
+from edgeseg.export.training_task import Batch, Batches, Score, TrainingTask
 
-__all__ = ["SemanticTraining"]
+__all__ = ["SemanticBatches", "SemanticTraining", "SemanticTruth"]
+
+_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "ohem": ohem_cross_entropy,
+    "bootstrapped": bootstrapped_cross_entropy,
+}
 
 
-class SemanticTraining(TrainingTask[Tensor]):
-    """A semantic network; the truth of a batch is (N, H, W) uint8, a class index per pixel.
+@dataclass(frozen=True, eq=False)
+class SemanticTruth:
+    """``labels`` (N, H, W) uint8, a class index per pixel; ``weights`` (N, H, W) float32 or None.
 
-    ``validate``: (URI, split) of the sets that ``scores`` looks at. Raises DataError when data sets
-    disagree about their classes, or hold no labels.
+    The latter are how much each pixel counts.
     """
 
-    network: SemanticNetwork
+    labels: Tensor
+    weights: Tensor | None
 
-    def __init__(self, recipe: Recipe, validate: Sequence[tuple[str, str]]) -> None:
+
+class SemanticBatches(Batches[SemanticTruth]):
+    """Crops of the data sets of ``recipe``."""
+
+    def __init__(self, recipe: Recipe, datasets: Sequence[Dataset]) -> None:
         self._recipe = recipe
-        self._datasets = [open_dataset(source.uri, source.split) for source in recipe.sources]
-        self._checks = [open_dataset(uri, split) for uri, split in validate]
-        self._classes = _common_classes([*self._datasets, *self._checks])
-        self.network = create_semantic(
-            recipe.model, len(self._classes.names), auxiliary_heads=recipe.auxiliary_heads
-        )
-        self._weights = _class_weights(
-            self._datasets, recipe.class_weights, np.random.default_rng(recipe.seed)
-        )
+        self._datasets = datasets
         full = Augmentation.of(recipe)
         self._augment = [full.weakened(source.augment) for source in recipe.sources]
 
-    def batch(self, rng: np.random.Generator) -> Batch[Tensor]:
-        """See ``TrainingTask.batch``."""
+    def drawn(self, rng: np.random.Generator) -> Batch[SemanticTruth]:
+        """See ``Batches.drawn``."""
         images, labels = [], []
         for dataset, source, augment in zip(
             self._datasets, self._recipe.sources, self._augment, strict=True
@@ -58,21 +66,54 @@ class SemanticTraining(TrainingTask[Tensor]):
                 pixels, truth = augment(sample.pixels, sample.labels, dataset.classes.ignore, rng)
                 images.append(pixels)
                 labels.append(truth)
-        return Batch(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)))
+        return Batch(torch.from_numpy(np.stack(images)), self._truth(labels))
+
+    def _truth(self, labels: list[NDArray[np.uint8]]) -> SemanticTruth:
+        weights = None
+        strength, reach = self._recipe.boundary_weight, self._recipe.boundary_reach
+        if strength:
+            made = [boundary_weights(each, strength, reach) for each in labels]
+            weights = torch.from_numpy(np.stack(made))
+        return SemanticTruth(torch.from_numpy(np.stack(labels)), weights)
+
+
+class SemanticTraining(TrainingTask[SemanticTruth]):
+    """A semantic network.
+
+    ``validate``: (URI, split) of the sets that ``scores`` looks at. Raises DataError when data sets
+    disagree about their classes, or hold no labels.
+    """
+
+    network: SemanticNetwork
+
+    def __init__(self, recipe: Recipe, validate: Sequence[tuple[str, str]]) -> None:
+        self._recipe = recipe
+        datasets = [open_dataset(source.uri, source.split) for source in recipe.sources]
+        self._checks = [open_dataset(uri, split) for uri, split in validate]
+        self._classes = _common_classes([*datasets, *self._checks])
+        self.network = create_semantic(
+            recipe.model, len(self._classes.names), auxiliary_heads=recipe.auxiliary_heads
+        )
+        self._weights = _class_weights(
+            datasets, recipe.class_weights, np.random.default_rng(recipe.seed)
+        )
+        self.batches = SemanticBatches(recipe, datasets)
 
     def losses(
-        self, found: Tensor | tuple[Tensor, ...], truth: Tensor, device: torch.device
+        self, found: Tensor | tuple[Tensor, ...], truth: SemanticTruth, device: torch.device
     ) -> dict[str, Tensor]:
         """See ``TrainingTask.losses``: "main", and one part for each head of training."""
         heads = found if isinstance(found, tuple) else (found,)
-        labels = truth.to(device).long()
+        labels = truth.labels.to(device).long()
+        weights = None if truth.weights is None else truth.weights.to(device)
         names = ("main", *(f"head {index}" for index in range(1, len(heads))))
         return {
-            name: ohem_cross_entropy(
+            name: _LOSSES[self._recipe.loss](
                 head,
                 labels,
                 ignore=self._classes.ignore,
                 class_weights=self._weights.to(device),
+                pixel_weights=weights,
             )
             for name, head in zip(names, heads, strict=True)
         }
@@ -90,7 +131,9 @@ class SemanticTraining(TrainingTask[Tensor]):
                 for name, value in zip(dataset.classes.names, iou, strict=True)
             )
             miou = confusion.miou()
-            found.append(Score(miou, f"{dataset.title}: mIoU {miou:.4f}  {named}"))
+            found.append(
+                Score(f"{dataset.title} mIoU", miou, f"{dataset.title}: mIoU {miou:.4f}  {named}")
+            )
         return found
 
     def _size(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edgeseg.export.models.network import Network
 
-__all__ = ["Batch", "Score", "TrainingTask"]
+__all__ = ["Batch", "Batches", "Score", "TrainingTask"]
 
 TruthT = TypeVar("TruthT")
 
@@ -28,29 +28,32 @@ class Batch(Generic[TruthT]):
     truth: TruthT
 
 
+class Batches(ABC, Generic[TruthT]):
+    """Where batches come from. It travels to the processes that prepare them."""
+
+    @abstractmethod
+    def drawn(self, rng: np.random.Generator) -> Batch[TruthT]:
+        """The batch that ``rng`` draws, and nothing else decides."""
+
+
 @dataclass(frozen=True)
 class Score:
     """How good a network is on one data set: ``value``, 0 to 1 (more is better), and in words."""
 
+    name: str
     value: float
     text: str
 
 
 class TrainingTask(ABC, Generic[TruthT]):
-    """A network that learns and the data it learns from."""
+    """A network that learns, and the data it learns from."""
 
     network: Network
-
-    @abstractmethod
-    def batch(self, rng: np.random.Generator) -> Batch[TruthT]:
-        """The batch that ``rng`` draws; made by another thread than the one that trains."""
+    batches: Batches[TruthT]
 
     @abstractmethod
     def losses(self, found: Any, truth: TruthT, device: torch.device) -> dict[str, Tensor]:
-        """Parts of the loss by name, which add up to it; ``found`` is what the network gave.
-
-        The first part is what is shown of the loss.
-        """
+        """Parts of the loss by name, which add up to it; ``found`` is what the network gave."""
 
     @abstractmethod
     def scores(self, network: Network, limit: int | None) -> list[Score]:

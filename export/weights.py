@@ -15,7 +15,7 @@ from edgeseg.errors import WeightsError
 from edgeseg.export.models.network import Network
 from edgeseg.export.structure import fit_structure
 
-__all__ = ["load_weights", "read_weights", "save_checkpoint", "save_weights"]
+__all__ = ["check_writable", "load_weights", "read_weights", "save_checkpoint", "save_weights"]
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
@@ -141,6 +141,17 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """WeightsError when no checkpoint can be written to ``path``; its folder need not exist yet."""
+    path = Path(path)
+    folder = path.resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "it is a folder" if path.is_dir() else f"{folder} is no writable folder"
+        raise WeightsError(f"the checkpoint {path} cannot be written: {what}")
+
+
 def save_weights(model: Network, path: str | os.PathLike[str]) -> None:
     """Writes the state_dict of ``model`` to ``path``, whole or not at all; WeightsError if not."""
     save_checkpoint(model.state_dict(), path)
@@ -151,6 +162,7 @@ def save_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) ->
     path = Path(path)
     beside = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, beside)
         beside.replace(path)
     except (OSError, RuntimeError) as error:

@@ -39,7 +39,7 @@ def refine_borders(
     _check_positions(uncertain, class_map.size)
     if min(step) < 1:
         raise RequestError(f"step must be 1 or more each way, got {step}.")
-    refined = class_map.copy()
+    refined: NDArray[np.uint8] = class_map.copy()
     status = load().edgeseg_refine_borders(
         class_map.ctypes.data,
         frame.ctypes.data,

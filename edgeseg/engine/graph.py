@@ -417,7 +417,7 @@ _SHAPES: dict[str, Callable[[_Reader, Node, Shape], Shape | None]] = {
     **dict.fromkeys(
         ("ArgMax", "ArgMin", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"), _Reader._reduce
     ),
-    "Conv": _Reader._conv,
+    **dict.fromkeys(("Conv", "DeformConv"), _Reader._conv),
     "ConvTranspose": _Reader._conv_transpose,
     "Transpose": _Reader._transpose,
     "Concat": _Reader._concat,

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import openvino
+from openvino.frontend.onnx import ConversionExtension
 
 from edgeseg.bundle import Bundle
 from edgeseg.engine.base import OneAtATime
@@ -43,6 +44,7 @@ class OpenVinoEngine(OneAtATime):
             options["INFERENCE_NUM_THREADS"] = threads
         try:
             core = openvino.Core()
+            core.add_extension(ConversionExtension("DeformConv", _deformable_convolution))
             model = core.read_model(content)
             compiled = core.compile_model(model, "CPU", options)
         except RuntimeError as error:
@@ -95,6 +97,27 @@ class OpenVinoEngine(OneAtATime):
         """Lets the compiled model go."""
         self._outputs = {}
         self._request = None
+
+
+def _deformable_convolution(node: Any) -> list[Any]:
+    """ONNX's DeformConv as OpenVINO's own operator, which its ONNX reader does not know of."""
+    from openvino import opset8
+
+    image, kernel, offsets, bias, modulation = (node.get_input(index) for index in range(5))
+    pads = list(node.get_attribute("pads"))
+    convolved = opset8.deformable_convolution(
+        image,
+        offsets,
+        kernel,
+        strides=list(node.get_attribute("strides")),
+        pads_begin=pads[:2],
+        pads_end=pads[2:],
+        dilations=[1, 1],
+        mask=modulation,
+        bilinear_interpolation_pad=True,
+    )
+    column = opset8.constant([1, -1, 1, 1], dtype="int64")
+    return list(opset8.add(convolved, opset8.reshape(bias, column, False)).outputs())
 
 
 def _first_line(error: Exception) -> str:

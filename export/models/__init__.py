@@ -21,6 +21,7 @@ from edgeseg.export.models.yolact import (
     YolactResNet50,
     YolactResNet101,
 )
+from edgeseg.export.models.yolactplus import YolactPlusResNet50, YolactPlusResNet101
 from edgeseg.spec import Preprocessing, Task
 
 __all__ = [
@@ -86,6 +87,7 @@ _UNIT = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), order="rgb")
 _MASK_RCNN = Preprocessing(mean=MEAN, std=STD, order="rgb")
 
 _YOLACT_PAPER = "arXiv 1904.02689"
+_YOLACT_PLUS_PAPER = "arXiv 1912.06218"
 _YOLACT_CHECKPOINTS = "dbolya/yolact on GitHub"
 _NO_CHECKPOINTS = "none; train it on your own data"
 
@@ -134,6 +136,22 @@ DEFINITIONS: dict[str, ModelDefinition] = {
             network=YolactDarknet53,
             preprocessing=_UNIT,
             paper=_YOLACT_PAPER,
+            checkpoints=_YOLACT_CHECKPOINTS,
+            size="550x550",
+        ),
+        ModelDefinition(
+            name="yolact_plus_resnet50",
+            network=YolactPlusResNet50,
+            preprocessing=_YOLACT,
+            paper=_YOLACT_PLUS_PAPER,
+            checkpoints=_YOLACT_CHECKPOINTS,
+            size="550x550",
+        ),
+        ModelDefinition(
+            name="yolact_plus_resnet101",
+            network=YolactPlusResNet101,
+            preprocessing=_YOLACT,
+            paper=_YOLACT_PLUS_PAPER,
             checkpoints=_YOLACT_CHECKPOINTS,
             size="550x550",
         ),
@@ -196,6 +214,8 @@ def create(
         "yolact_resnet101",
         "yolact_darknet53",
         "yolact_mobilenetv2",
+        "yolact_plus_resnet50",
+        "yolact_plus_resnet101",
     ],
     num_classes: int,
     *,

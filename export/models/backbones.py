@@ -2,7 +2,7 @@
 
 He et al. 2016 (arXiv 1512.03385), Redmon and Farhadi 2018 (arXiv 1804.02767), Sandler et al. 2018
 (arXiv 1801.04381). Names of the state_dict of ResNet-50, ResNet-101 and Darknet-53 are those of the
-dbolya/yolact checkpoints.
+dbolya/yolact checkpoints, with deformable convolutions as well.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
+
+from edgeseg.export.models.deformable import DeformableConvolution
 
 __all__ = ["Backbone", "Darknet", "MobileNetV2", "ResNet"]
 
@@ -43,7 +45,7 @@ class Bottleneck(nn.Module):
         out_channels = width * self.expansion
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.conv2: nn.Module = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
         self.bn2 = norm(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)
@@ -57,6 +59,14 @@ class Bottleneck(nn.Module):
         y = self.bn3(self.conv3(y))
         out: Tensor = self.relu(y + (x if self.downsample is None else self.downsample(x)))
         return out
+
+
+class DeformableBottleneck(Bottleneck):
+    """A bottleneck whose 3x3 convolution is deformable."""
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__(in_channels, width, stride)
+        self.conv2 = DeformableConvolution(width, width, stride)
 
 
 class BasicBlock(nn.Module):
@@ -92,9 +102,19 @@ def _shortcut(
 
 
 class ResNet(Backbone):
-    """ResNet of four stages; ``blocks`` of each, e.g. (3, 4, 6, 3) for ResNet-50."""
+    """ResNet of four stages; ``blocks`` of each, e.g. (3, 4, 6, 3) for ResNet-50.
 
-    def __init__(self, block: type[Bottleneck] | type[BasicBlock], blocks: Sequence[int]) -> None:
+    ``deformable_every``: in all stages but the first, the first block and every so manieth after it
+    are deformable bottlenecks; 0 for none.
+    """
+
+    def __init__(
+        self,
+        block: type[Bottleneck] | type[BasicBlock],
+        blocks: Sequence[int],
+        *,
+        deformable_every: int = 0,
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -107,7 +127,9 @@ class ResNet(Backbone):
             made = []
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
-                made.append(block(channels, width, stride))
+                deforms = deformable_every > 0 and stage > 0 and index % deformable_every == 0
+                kind = DeformableBottleneck if deforms else block
+                made.append(kind(channels, width, stride))
                 channels = width * block.expansion
             self.layers.append(nn.Sequential(*made))
             widths.append(channels)

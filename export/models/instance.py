@@ -48,6 +48,8 @@ class InstanceNetwork(Network):
     mask_extent: ClassVar[Literal["image", "box"]]
     #: what to call the tensors of ``raw``
     raw_names: ClassVar[tuple[str, ...]]
+    #: version of ONNX's operators that the exported graph is written in
+    opset: ClassVar[int] = 18
 
     @property
     def named_classes(self) -> int:

@@ -214,8 +214,8 @@ class Yolact(InstanceNetwork):
         """See ``Network.current_names``; WeightsError for a checkpoint of YOLACT++."""
         if any("conv_offset_mask" in key for key in state):
             raise WeightsError(
-                "this is a checkpoint of YOLACT++, whose deformable convolutions EdgeSeg does not "
-                "export; take the YOLACT checkpoint of the same backbone"
+                "this is a checkpoint of YOLACT++, and a YOLACT is to be filled; "
+                "ask for yolact_plus_resnet50 or yolact_plus_resnet101"
             )
         return dict(state)
 

@@ -263,10 +263,10 @@ def test_kept_measurements_are_of_the_same_input_only(place: Place, tmp_path: Pa
         values: dict[str, float] = content["values"]
         return values
 
-    assert kept() == {"miou fp32": 1.0}
+    assert kept() == {"accuracy fp32": 1.0}
     labels = sorted((folder / "labels" / "val").iterdir())
     cv2.imwrite(str(labels[0]), np.full((32, 48), 5, np.uint8))
-    assert kept()["miou fp32"] < 0.9
+    assert kept()["accuracy fp32"] < 0.9
 
 
 def test_every_long_stage_shows_how_far_it_is(place: Place, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ class Bench:
     fp32_ms: float = 1e6
     proven: list[frozenset[str]] = field(default_factory=list)
     timed: list[frozenset[str]] = field(default_factory=list)
+    figure_name: str = "mIoU"
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -41,7 +42,7 @@ class Bench:
     def lost(self, floats: Collection[str]) -> float:
         return sum(value for name, value in self.points.items() if name not in floats)
 
-    def miou(self, floats: Collection[str], dataset: Dataset, stage: object = None) -> float:
+    def figure(self, floats: Collection[str], dataset: Dataset, stage: object = None) -> float:
         self.proven.append(frozenset(floats))
         return FP32 - self.lost(floats) / 100
 
@@ -166,8 +167,8 @@ def test_a_graph_that_is_no_faster_than_floats_is_refused() -> None:
 
 def test_labels_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Bench({"a": 3.0})
-    monkeypatch.setattr(Bench, "miou", lambda *_: math.nan)
-    with pytest.raises(CalibrationError, match="some streets val has none"):
+    monkeypatch.setattr(Bench, "figure", lambda *_: math.nan)
+    with pytest.raises(CalibrationError, match="nothing in some streets val has a label"):
         made.search(1.0)
 
 

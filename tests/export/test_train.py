@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from edgeseg.classes import CITYSCAPES
 from edgeseg.cli import main
 from edgeseg.dataset import Dataset, open_dataset
 from edgeseg.errors import DataError, RequestError, WeightsError
+from edgeseg.export import semantic_training
+from edgeseg.export.losses import ohem_cross_entropy
 from edgeseg.export.models import create
-from edgeseg.export.train import Recipe, Source, train
+from edgeseg.export.recipe import Recipe, Source
+from edgeseg.export.train import train as trained
 from edgeseg.export.weights import load_weights, read_weights, save_weights
 
 # `edgeseg.export.train` as a module; the name above is the function in it.
@@ -40,6 +44,10 @@ RECIPE = Recipe(
     warmup=1,
     mixed_precision=False,
 )
+
+
+# No process for the batches: starting one takes longer than most of these runs.
+train = partial(trained, workers=0, device="cpu")
 
 
 @pytest.fixture
@@ -104,7 +112,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     recipe = replace(RECIPE, steps=4)
     seen: dict[str, list[Tensor]] = {"whole": [], "parts": []}
     run = "whole"
-    losses_of = module.ohem_cross_entropy
+    losses_of = ohem_cross_entropy
 
     def watched(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
         if run == "parts" and len(seen[run]) == finished:
@@ -113,7 +121,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
         loss: Tensor = losses_of(logits, labels, **options)
         return loss
 
-    monkeypatch.setattr(module, "ohem_cross_entropy", watched)
+    monkeypatch.setitem(semantic_training._LOSSES, "ohem", watched)
     train(recipe, tmp_path / "whole.pt", report=lambda _: None)
 
     run = "parts"
@@ -218,10 +226,13 @@ def test_a_loss_that_is_no_number_ends_the_run(
     def broken(logits: Tensor, *_: object, **__: object) -> Tensor:
         return logits.sum() * value
 
-    monkeypatch.setattr(module, "ohem_cross_entropy", broken)
-    with pytest.raises(DataError, match=r"the loss is .* at step 0; lower learning_rate"):
+    monkeypatch.setitem(semantic_training._LOSSES, "ohem", broken)
+    with pytest.raises(DataError, match=r"the loss is .* at step 0; .* kept in .*batch-0"):
         train(small, tmp_path / "model.pt", report=lambda _: None)
-    assert list(tmp_path.iterdir()) == []
+    (kept,) = tmp_path.iterdir()
+    batch = torch.load(kept, weights_only=True)
+    assert batch["images"].shape == (4, 32, 32, 3)
+    assert batch["truth"]["labels"].shape == (4, 32, 32)
 
 
 def test_data_sets_with_different_classes_do_not_mix(
@@ -233,7 +244,7 @@ def test_data_sets_with_different_classes_do_not_mix(
             dataset.classes = CITYSCAPES
         return dataset
 
-    monkeypatch.setattr(module, "open_dataset", opened)
+    monkeypatch.setattr(semantic_training, "open_dataset", opened)
     recipe = replace(small, sources=(Source(STREETS, 2), Source(camvid, 2, split="val")))
     with pytest.raises(DataError, match=r"synthetic streets has the classes sky.* one list"):
         train(recipe, tmp_path / "model.pt", report=lambda _: None)
@@ -279,7 +290,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(module, "open_dataset", None)
+    monkeypatch.setattr(semantic_training, "open_dataset", None)
     with pytest.raises(WeightsError, match="cannot be written"):
         train(small, tmp_path / place, report=lambda _: None)
 
@@ -288,21 +299,23 @@ def test_batches_are_those_of_the_recipe(camvid: str) -> None:
     recipe = replace(
         RECIPE, sources=(Source(STREETS, 1), Source(camvid, 2, split="val")), crop=(32, 64)
     )
-    datasets = [open_dataset(source.uri, source.split) for source in recipe.sources]
-    make: Callable[..., Any] = module._Batches
+    task = semantic_training.SemanticTraining(recipe, ())
     orders = []
-    for workers, first in ((1, 0), (2, 0), (1, 2)):
-        batches = make(datasets, recipe, first, workers)
-        found = iter(batches)
+    for workers, first, rank in ((0, 0, 0), (2, 0, 0), (0, 2, 0), (0, 0, 1)):
+        found = module._loaded(task, recipe.seed, rank, first, workers)
         orders.append([next(found) for _ in range(4 - first)])
-        batches.close()
-    for images, labels in orders[0]:
-        assert images.shape == (3, 32, 64, 3)
-        assert labels.shape == (3, 32, 64)
-        assert images.dtype == labels.dtype == torch.uint8
+        found.close()
+    for batch in orders[0]:
+        assert batch.images.shape == (3, 32, 64, 3)
+        assert batch.truth.labels.shape == (3, 32, 64)
+        assert batch.truth.weights is None
+        assert batch.images.dtype == batch.truth.labels.dtype == torch.uint8
     for other, skipped in ((orders[1], 0), (orders[2], 2)):
         for mine, theirs in zip(orders[0][skipped:], other, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+            assert torch.equal(mine.images, theirs.images)
+            assert torch.equal(mine.truth.labels, theirs.truth.labels)
+    # Another process of the same run has others.
+    assert not torch.equal(orders[0][0].images, orders[3][0].images)
 
 
 TOML = f"""
