@@ -86,7 +86,10 @@ def _joined(graph: Graph, tensor: str, layers: set[str]) -> str:
         (reader,) = readers
         if not is_standard(reader, *_BEHIND):
             break
-        if reader.op_type != "Concat" and reader.input[0] != tensor:
+        if reader.op_type == "Concat":
+            # All levels are together; what follows is no longer the network's.
+            return str(reader.output[0])
+        if reader.input[0] != tensor:
             break
         tensor = reader.output[0]
     return tensor

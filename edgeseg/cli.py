@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _INTERRUPTED = 130
+# What the extra `export` installs and the device side does without.
+_WORKSTATION = (
+    "torch",
+    "torch_pruning",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnx_ir",
+    "tomli",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +96,7 @@ def _stoppable() -> Iterator[None]:
 def _explained(error: ImportError) -> str | None:
     """One sentence for an import that fails because of the machine, None for a mistake of ours."""
     missing = (error.name or "").partition(".")[0]
-    if missing in ("torch", "torch_pruning", "onnx", "onnxscript", "onnxruntime", "onnx_ir", "tomli"):
+    if missing in _WORKSTATION:
         return (
             f"this command prepares models and needs {missing}, which is not installed; "
             "pip install 'edgeseg[export]' adds it"
@@ -181,6 +191,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--confidence", action="store_true", help="add a confidence map")
     export.add_argument("--half-weights", action="store_true", help="store kernels as fp16")
     export.add_argument(
+        "--views",
+        metavar="A,B,...",
+        help="average several looks at a picture: sizes, and flip, as in 0.75,1.33 (semantic)",
+    )
+    export.add_argument(
         "--data", metavar="URI", help="labelled pictures to verify and measure on: camvid:DIR"
     )
     export.add_argument("--split", default="val", metavar="NAME")
@@ -226,14 +241,17 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("-o", "--output", required=True, metavar="BUNDLE")
     quantize.add_argument("--name", metavar="NAME", help="what it is called; the folder's name")
     quantize.add_argument(
-        "--data", metavar="URI", help="labelled pictures to prove the accuracy on: camvid:DIR"
+        "--data",
+        metavar="URI",
+        help="labelled pictures to prove the accuracy on: camvid:DIR, coco:DIR for instances",
     )
     quantize.add_argument("--split", default="val", metavar="NAME")
     quantize.add_argument(
         "--max-drop",
         type=float,
         metavar="POINTS",
-        help="points of mIoU that may be lost; layers stay in floating point to keep to it",
+        help="points of mIoU, of AP for instances, that may be lost; layers stay in floating point "
+        "to keep to it",
     )
     quantize.add_argument("--recipe", metavar="FILE.toml", help="every choice, in one file")
     quantize.add_argument(
@@ -253,7 +271,8 @@ def _parser() -> argparse.ArgumentParser:
         "--finetune",
         type=_count,
         metavar="STEPS",
-        help="train the integers towards the fp32 outputs, without labels (needs PyTorch)",
+        help="train the integers towards the fp32 outputs, without labels (needs PyTorch; not for "
+        "instances)",
     )
     quantize.add_argument(
         "--sensitivity",
@@ -269,14 +288,41 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--threads", type=_whole, default=0, metavar="N", help="0: all")
     _add_json(quantize)
 
-    train = _command(commands, "train", _train, "train a model by a recipe")
-    train.add_argument("recipe", metavar="RECIPE.toml")
+    train = _command(commands, "train", _train, "train a model on labelled pictures")
+    train.add_argument("model", metavar="MODEL", help="as `edgeseg models` has them")
     train.add_argument("-o", "--output", required=True, metavar="FILE.pt")
+    train.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="URI",
+        help="camvid:DIR, coco:DIR or synthetic:, once for each set; those of the recipe if none",
+    )
+    train.add_argument(
+        "--shares",
+        metavar="N,N,...",
+        help="samples of a batch from each --data; about 8 in all if left out",
+    )
+    train.add_argument("--split", default="train", metavar="NAME", help="of --data")
+    train.add_argument(
+        "--recipe", metavar="FILE.toml", help="every choice; the model's published one if left out"
+    )
     train.add_argument("--start", metavar="FILE", help="checkpoint or bundle to begin from")
     train.add_argument(
-        "--validate", action="append", default=[], metavar="URI", help="labelled pictures (val)"
+        "--validate",
+        action="append",
+        default=[],
+        metavar="URI",
+        help="evaluate on the split val of it now and then, and keep the best",
     )
+    train.add_argument("--steps", type=_count, metavar="N", help="in place of the recipe's")
+    train.add_argument("--seed", type=_whole, metavar="N", help="in place of the recipe's")
     train.add_argument("--minutes", type=float, metavar="M", help="end within so many minutes")
+    train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    train.add_argument("--workers", type=_whole, metavar="N", help="processes that prepare batches")
+    train.add_argument(
+        "--log", metavar="DIR", help="a table of all losses, and TensorBoard's if it is installed"
+    )
 
     prune = _command(commands, "prune", _prune, "take channels out of a model until it costs less")
     prune.add_argument(
@@ -388,6 +434,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect = _command(commands, "inspect", _inspect, "say what a bundle holds")
     inspect.add_argument("bundle", metavar="BUNDLE")
     _add_json(inspect)
+
+    models = _command(commands, "models", _models, "the models that export and train know")
+    _add_json(models)
 
     doctor = _command(commands, "doctor", _doctor, "say what is here, and what is missing")
     _add_json(doctor)
@@ -827,6 +876,7 @@ def _export(options: argparse.Namespace) -> int:
         or options.fit != "stretch"
         or options.confidence
         or options.half_weights
+        or options.views is not None
         or (options.mean, options.std, options.order) != (None, None, None)
         or (options.adapter, options.output_name) != (None, None)
         or options.align_corners
@@ -850,6 +900,7 @@ def _export(options: argparse.Namespace) -> int:
     from edgeseg.export.foreign import importable_here
     from edgeseg.export.own import OwnOptions
     from edgeseg.export.package import ExportRequest, export_bundle
+    from edgeseg.export.views import parse_views
 
     with importable_here(), progress(f"exporting {options.model}") as update:
         made = export_bundle(
@@ -864,6 +915,7 @@ def _export(options: argparse.Namespace) -> int:
                 half_weights=options.half_weights,
                 data=options.data,
                 split=options.split,
+                views=parse_views(options.views) if options.views is not None else (),
                 own=OwnOptions(
                     mean=options.mean,
                     std=options.std,
@@ -948,15 +1000,31 @@ def _quantize(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from edgeseg.export.train import Recipe, train
+    from edgeseg.export.recipe import Recipe, Source, sources_of
+    from edgeseg.export.train import train
 
-    train(
-        Recipe.read(options.recipe),
-        options.output,
-        start=options.start,
-        validate=tuple((uri, "val") for uri in options.validate),
-        minutes=options.minutes,
-    )
+    sources: tuple[Source, ...] = sources_of(options.data, options.shares, options.split)
+    if options.recipe is not None:
+        recipe = Recipe.read(options.recipe, model=options.model, sources=sources)
+    else:
+        recipe = Recipe.published(options.model, sources)
+    changes = {
+        name: value
+        for name, value in (("steps", options.steps), ("seed", options.seed))
+        if value is not None
+    }
+    with progress(f"training {options.model}") as update:
+        train(
+            replace(recipe, **changes),
+            options.output,
+            start=options.start,
+            validate=tuple((uri, "val") for uri in options.validate),
+            minutes=options.minutes,
+            device=options.device,
+            workers=options.workers,
+            log=options.log,
+            progress=update if sys.stderr.isatty() else None,
+        )
     return 0
 
 
@@ -1126,6 +1194,36 @@ def _placement(bundle: Bundle) -> Placement | None:
     from edgeseg.calibration.lint import lint
 
     return lint(onnx.load_model_from_string(bundle.model.content))
+
+
+def _models(options: argparse.Namespace) -> int:
+    from edgeseg.export.catalogue import catalogue
+
+    _check_json(options)
+    entries = catalogue()
+    rows = [("model", "task", "size", "parameters", "GMACs", "checkpoints", "licence")]
+    rows += [
+        (
+            entry.name,
+            entry.task,
+            entry.size,
+            f"{entry.parameters / 1e6:.1f} M",
+            f"{entry.macs / 1e9:.1f}",
+            entry.checkpoints,
+            entry.licence,
+        )
+        for entry in entries
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            text.rjust(width) if column in (3, 4) else text.ljust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    _tell(options, "\n".join(lines), {"models": [asdict(entry) for entry in entries]})
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

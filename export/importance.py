@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,8 +39,9 @@ Loss = Callable[[Network], Tensor]
 class Importance(Protocol):
     """A measure of how much a network would miss its channels."""
 
-    #: what the command line calls it
-    name: str
+    @property
+    def name(self) -> str:
+        """What the command line calls it."""
 
     def __call__(
         self, network: Network, couplings: Sequence[Coupling]
@@ -113,7 +114,7 @@ class BatchNormScale(PerLayer):
     1708.06519). It says nothing where there is no batch norm, as in YOLACT's heads.
     """
 
-    name: ClassVar[str] = "bn"
+    name = "bn"
 
     def channels(self, network: Network) -> Mapping[Side, Tensor]:
         """See ``PerLayer``."""
@@ -131,7 +132,7 @@ class Activation(PerLayer):
     ``inputs``: pictures (N, 3, H, W), normalised.
     """
 
-    name: ClassVar[str] = "activation"
+    name = "activation"
 
     def __init__(self, inputs: Iterable[Tensor]) -> None:
         self._inputs = inputs
@@ -173,7 +174,7 @@ class Taylor:
     batch norm has the same derivative. All scores have the unit of the loss.
     """
 
-    name: ClassVar[str] = "taylor"
+    name = "taylor"
 
     def __init__(self, losses: Iterable[Loss]) -> None:
         self._losses = losses

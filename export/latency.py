@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from edgeseg.errors import EngineError, RequestError
 from edgeseg.export.models import InstanceNetwork, SemanticNetwork, definition_of
 from edgeseg.export.models.network import Network
 from edgeseg.export.onnx import export_network
+from edgeseg.frame import Pixels
 from edgeseg.spec import ModelSpec
 from edgeseg.synthetic import Street
 
@@ -55,7 +56,7 @@ class EngineStopwatch:
         self._size = size
         self._pixels = Street(*size, seed=_SEED).frame(0).pixels
         self._reference = self._opened(reference)
-        times = _times([self._reference.run], self._pixels)
+        times = _times([self._reference], self._pixels)
         #: milliseconds of the reference, alone, in the beginning
         self.reference_ms = statistics.median(times[0])
 
@@ -67,7 +68,7 @@ class EngineStopwatch:
     def __call__(self, network: Network) -> float:
         """Milliseconds of ``network``: ``reference_ms`` times what it takes to the reference."""
         with closing(self._opened(network)) as engine:
-            reference, own = _times([self._reference.run, engine.run], self._pixels)
+            reference, own = _times([self._reference, engine], self._pixels)
         ratios = [mine / other for mine, other in zip(own, reference, strict=True)]
         return self.reference_ms * statistics.median(ratios)
 
@@ -123,18 +124,18 @@ def bare_spec(network: SemanticNetwork | InstanceNetwork, size: tuple[int, int])
     )
 
 
-def _times(runs: list[Callable[[object], object]], pixels: object) -> list[list[float]]:
-    """Milliseconds of each of ``runs``, round by round; every other round begins with the last."""
-    found: list[list[float]] = [[] for _ in runs]
+def _times(engines: Sequence[Engine], pixels: Pixels) -> list[list[float]]:
+    """Milliseconds of each engine, round by round; every other round begins with the last."""
+    found: list[list[float]] = [[] for _ in engines]
     for _ in range(_WARMING):
-        for run in runs:
-            run(pixels)
+        for engine in engines:
+            engine.run(pixels)
     began = time.monotonic()
     for turn in range(_ROUNDS):
-        order = list(zip(runs, found, strict=True))
-        for run, times in order if turn % 2 else reversed(order):
+        order = list(zip(engines, found, strict=True))
+        for engine, times in order if turn % 2 else reversed(order):
             start = time.perf_counter_ns()
-            run(pixels)
+            engine.run(pixels)
             times.append((time.perf_counter_ns() - start) / 1e6)
         if turn + 1 >= _LEAST_ROUNDS and time.monotonic() - began > _SECONDS:
             break

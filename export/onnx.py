@@ -31,6 +31,7 @@ from edgeseg.engine.onnxruntime import recorded_golden
 from edgeseg.errors import BundleError, RequestError, WeightsError
 from edgeseg.export.models import InstanceNetwork, SemanticNetwork
 from edgeseg.export.own import OwnNetwork
+from edgeseg.export.views import ViewedNetwork
 from edgeseg.golden import AnyGolden
 from edgeseg.onnxfile import HEAD
 from edgeseg.spec import ModelSpec, Preprocessing
@@ -74,6 +75,17 @@ class _LowResolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network.low_resolution_logits(x)
+
+
+class _Viewed(ViewedNetwork):
+    """The same of a network and its views; ``network`` is the one that has the weights."""
+
+    def __init__(self, viewed: ViewedNetwork, size: tuple[int, int]) -> None:
+        assert isinstance(viewed.network, SemanticNetwork)
+        super().__init__(viewed.network, viewed.views, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.low_resolution_logits(x)
 
 
 class _Raw(nn.Module):
@@ -124,6 +136,10 @@ def export_network(
         graph = onnx.GraphProto()
         graph.CopyFrom(network.graph)
         image_convolutions = _image_convolutions(graph)
+    elif isinstance(network, ViewedNetwork):
+        size = (spec.height, spec.width)
+        graph = traced(_Viewed(network, size), size)
+        image_convolutions = network.network.image_convolutions
     else:
         graph = traced(_LowResolution(network), (spec.height, spec.width))
         image_convolutions = network.image_convolutions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from edgeseg.export.preprocess import evaluate_network
 from edgeseg.export.torchengine import TorchEngine
 from edgeseg.export.transformers_models import logits_of_transformer, read_pretrained
 from edgeseg.export.verify import InstanceComparison, Verification, verify
+from edgeseg.export.views import View, ViewedNetwork
 from edgeseg.export.weights import load_weights, read_weights
 from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
@@ -68,7 +69,9 @@ class ExportRequest:
     """What ``edgeseg export`` was asked for; None where a default applies.
 
     ``model``: a name that EdgeSeg knows, or one's own: ``package.module:factory``, an ONNX file, or
-    ``hf:FOLDER``; ``own`` says what such a model cannot say of itself.
+    ``hf:FOLDER``; ``own`` says what such a model cannot say of itself. ``views``: looks
+    at each picture whose logits are averaged in the graph, see `edgeseg.export.views`; none for
+    the one plain look.
     """
 
     model: str
@@ -81,6 +84,7 @@ class ExportRequest:
     half_weights: bool = False
     data: str | None = None
     split: str = "val"
+    views: tuple[View, ...] = ()
     own: OwnOptions = field(default_factory=OwnOptions)
 
 
@@ -121,6 +125,8 @@ def export_bundle(
     target = Path(target)
     network, architecture, weights_path = _network(request)
     spec = _spec(request, network, architecture, name=request.name or target.resolve().name)
+    if request.views:
+        network = _viewed(network, request.views, spec)
     if request.half_weights:
         _round_to_half(network)
     dataset = _dataset(request, spec)
@@ -152,6 +158,9 @@ def export_bundle(
                     "checkpoint": weights_path
                     and {"file": weights_path.name, "sha256": checkpoint},
                     "weights_stored_as": "fp16" if request.half_weights else "fp32",
+                    **(
+                        {"views": [asdict(view) for view in request.views]} if request.views else {}
+                    ),
                     "tools": tool_versions(_TOOLS),
                     **(provenance or {}),
                 },
@@ -291,6 +300,18 @@ def _own_network(request: ExportRequest) -> tuple[OwnNetwork, str, Path | None]:
         if not weights.is_file():
             weights = Bundle.open(weights).model_path
     return network, model, weights
+
+
+def _viewed(
+    network: SemanticNetwork | InstanceNetwork, views: tuple[View, ...], spec: ModelSpec
+) -> ViewedNetwork:
+    """``network`` that looks at each picture several times."""
+    if not isinstance(network, SemanticNetwork) or isinstance(network, OwnNetwork):
+        raise RequestError(
+            f"views are averaged for the semantic models that EdgeSeg knows, and "
+            f"{spec.architecture} came; leave --views out"
+        )
+    return ViewedNetwork(network, views, (spec.height, spec.width))
 
 
 def _needed(size: tuple[int, int] | None) -> tuple[int, int]:

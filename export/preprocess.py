@@ -14,6 +14,7 @@ from torch import Tensor
 from edgeseg.dataset import Dataset
 from edgeseg.export.models import SemanticNetwork, definition_of
 from edgeseg.export.own import OwnNetwork
+from edgeseg.export.views import ViewedNetwork
 from edgeseg.frame import Pixels
 from edgeseg.geometry import Geometry
 from edgeseg.metrics import ConfusionMatrix
@@ -41,7 +42,7 @@ def class_map_of(
     ``network`` must be in eval mode. The frame's way in and out is the device's own.
     """
     geometry = Geometry.fitting(pixels.shape[0], pixels.shape[1], *size, fit=fit)
-    if isinstance(network, OwnNetwork):
+    if isinstance(network, OwnNetwork | ViewedNetwork):
         preprocessing = network.preprocessing
     else:
         preprocessing = definition_of(network).preprocessing

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import as_file, files
 
 from edgeseg.errors import RequestError
 from edgeseg.export.models import definition
 from edgeseg.tomlfile import read_toml
 
-__all__ = ["LOSSES", "OPTIMIZERS", "Recipe", "Source"]
+__all__ = ["LOSSES", "OPTIMIZERS", "Recipe", "Source", "sources_of"]
 
 LOSSES = ("ohem", "bootstrapped")
+#: samples of a batch, if nobody says
+_BATCH = 8
+#: beginning of a model's name -> recipe of its authors
+_PUBLISHED = {
+    "bisenetv1": "bisenetv1.toml",
+    "bisenetv2": "bisenetv2.toml",
+    "fchardnet": "fchardnet.toml",
+    "yolact": "yolact.toml",
+}
 #: "sgd" has a momentum of 0.9
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -70,7 +81,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise RequestError("a recipe names at least one [[source]], and this one has none")
+            raise RequestError(
+                "training needs data: name at least one [[source]] in the recipe, or give --data"
+            )
         if any(not isinstance(source.share, int) or source.share < 1 for source in self.sources):
             raise RequestError("the share of a source is a whole number of samples, 1 or more")
         if any(not 0 <= source.augment <= 1 for source in self.sources):
@@ -112,14 +125,62 @@ class Recipe:
         return sum(source.share for source in self.sources)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Recipe:
-        """The recipe in a TOML file; RequestError names what is missing or unknown in it."""
+    def read(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: str | None = None,
+        sources: tuple[Source, ...] = (),
+    ) -> Recipe:
+        """The recipe in a TOML file; RequestError names what is missing or unknown in it.
+
+        ``model``: what it is for, which a recipe that names a model must agree with. ``sources``
+        take the place of its own.
+        """
         values = read_toml(path)
+        if model is not None and values.setdefault("model", model) != model:
+            raise RequestError(
+                f"the recipe {path} is for {values['model']}, and {model} is to be trained"
+            )
         try:
-            sources = tuple(Source(**entry) for entry in values.pop("source", []))
+            own = tuple(Source(**entry) for entry in values.pop("source", []))
             for key in ("crop", "scale"):
                 if key in values:
                     values[key] = tuple(values[key])
-            return cls(sources=sources, **values)
+            return cls(sources=sources or own, **values)
         except TypeError as error:
             raise RequestError(f"the recipe {path} does not fit: {error}") from error
+
+    @classmethod
+    def published(cls, model: str, sources: tuple[Source, ...]) -> Recipe:
+        """The recipe that the authors of ``model`` publish, as far as this training has its parts.
+
+        Its crop and its number of steps are for their data and their machines.
+        """
+        name = next((name for start, name in _PUBLISHED.items() if model.startswith(start)), None)
+        if name is None:
+            definition(model)
+            raise RequestError(
+                f"there is no published recipe for {model} here; give one with --recipe FILE.toml"
+            )
+        place = files("edgeseg.export") / "recipes" / name
+        with as_file(place) as path:
+            return cls.read(path, model=model, sources=sources)
+
+
+def sources_of(uris: Sequence[str], shares: str | None, split: str) -> tuple[Source, ...]:
+    """The sources that a command line names; ``shares`` is "3,5", one number for each of ``uris``.
+
+    Without ``shares`` all have the same, and eight in all or a few more.
+    """
+    if shares is None:
+        return tuple(Source(uri, -(-_BATCH // len(uris)), split) for uri in uris)
+    numbers = shares.split(",")
+    if len(numbers) != len(uris) or not all(
+        text.isascii() and text.isdigit() and int(text) for text in numbers
+    ):
+        raise RequestError(
+            f"shares are whole numbers of 1 or more, one for each of {len(uris)} data sets, "
+            f"and {shares!r} came"
+        )
+    return tuple(Source(uri, int(text), split) for uri, text in zip(uris, numbers, strict=True))

@@ -21,7 +21,7 @@ from edgeseg.frame import Pixels
 from edgeseg.result import AnyOutputs
 from edgeseg.spec import ModelSpec
 
-__all__ = ["OpenVinoEngine", "open_engine"]
+__all__ = ["OpenVinoEngine", "new_core", "open_engine"]
 
 
 class OpenVinoEngine(OneAtATime):
@@ -43,8 +43,7 @@ class OpenVinoEngine(OneAtATime):
         if threads:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
-            core = openvino.Core()
-            core.add_extension(ConversionExtension("DeformConv", _deformable_convolution))
+            core = new_core()
             model = core.read_model(content)
             compiled = core.compile_model(model, "CPU", options)
         except RuntimeError as error:
@@ -99,8 +98,15 @@ class OpenVinoEngine(OneAtATime):
         self._request = None
 
 
+def new_core() -> openvino.Core:
+    """OpenVINO, with the operators of EdgeSeg's graphs that its ONNX reader does not know."""
+    core = openvino.Core()
+    core.add_extension(ConversionExtension("DeformConv", _deformable_convolution))
+    return core
+
+
 def _deformable_convolution(node: Any) -> list[Any]:
-    """ONNX's DeformConv as OpenVINO's own operator, which its ONNX reader does not know of."""
+    """The outputs of ``node``, ONNX's DeformConv with all its inputs, as OpenVINO's own operator."""
     from openvino import opset8
 
     image, kernel, offsets, bias, modulation = (node.get_input(index) for index in range(5))

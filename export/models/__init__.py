@@ -50,8 +50,9 @@ NamedNetwork = BiSeNetV1 | BiSeNetV2 | FCHarDNet70
 class ModelDefinition:
     """One network by name: what builds it, and what its published checkpoints were trained with.
 
-    ``network`` is made by (num_classes, auxiliary_heads=...). ``size``: "HxW" that published
-    checkpoints were trained at, where the network is made for one size.
+    ``network`` is made by (num_classes, auxiliary_heads=...). ``licence``: of the published
+    checkpoints, and what stands beside it. ``size``: "HxW" that published checkpoints were trained
+    at, where the network is made for one size.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ModelDefinition:
     preprocessing: Preprocessing
     paper: str
     checkpoints: str
+    licence: str
     size: str | None = None
 
     @property
@@ -91,6 +93,12 @@ _YOLACT_PLUS_PAPER = "arXiv 1912.06218"
 _YOLACT_CHECKPOINTS = "dbolya/yolact on GitHub"
 _NO_CHECKPOINTS = "none; train it on your own data"
 
+# Licences of the repositories, and the terms of what was learned from.
+_CITYSCAPES_MIT = "MIT; Cityscapes' pictures are for non-commercial use"
+_COCO_MIT = "MIT; COCO's annotations are CC BY 4.0"
+_COCO_BSD = "BSD-3-Clause; COCO's annotations are CC BY 4.0"
+_NO_LICENCE = "your own"
+
 DEFINITIONS: dict[str, ModelDefinition] = {
     entry.name: entry
     for entry in (
@@ -100,6 +108,7 @@ DEFINITIONS: dict[str, ModelDefinition] = {
             preprocessing=_BISENET,
             paper="arXiv 1808.00897",
             checkpoints="CoinCheung/BiSeNet on GitHub",
+            licence=_CITYSCAPES_MIT,
         ),
         ModelDefinition(
             name="bisenetv2",
@@ -107,6 +116,7 @@ DEFINITIONS: dict[str, ModelDefinition] = {
             preprocessing=_BISENET,
             paper="arXiv 2004.02147",
             checkpoints="CoinCheung/BiSeNet on GitHub",
+            licence=_CITYSCAPES_MIT,
         ),
         ModelDefinition(
             name="fchardnet70",
@@ -114,6 +124,7 @@ DEFINITIONS: dict[str, ModelDefinition] = {
             preprocessing=_HARDNET,
             paper="arXiv 1909.00948",
             checkpoints="PingoLH/FCHarDNet on GitHub",
+            licence=_CITYSCAPES_MIT,
         ),
         ModelDefinition(
             name="yolact_resnet50",
@@ -121,6 +132,7 @@ DEFINITIONS: dict[str, ModelDefinition] = {
             preprocessing=_YOLACT,
             paper=_YOLACT_PAPER,
             checkpoints=_YOLACT_CHECKPOINTS,
+            licence=_COCO_MIT,
             size="550x550",
         ),
         ModelDefinition(
@@ -129,6 +141,7 @@ DEFINITIONS: dict[str, ModelDefinition] = {
             preprocessing=_YOLACT,
             paper=_YOLACT_PAPER,
             checkpoints=_YOLACT_CHECKPOINTS,
+            licence=_COCO_MIT,
             size="550x550",
         ),
         ModelDefinition(
@@ -137,6 +150,7 @@ DEFINITIONS: dict[str, ModelDefinition] = {
             preprocessing=_UNIT,
             paper=_YOLACT_PAPER,
             checkpoints=_YOLACT_CHECKPOINTS,
+            licence=_COCO_MIT,
             size="550x550",
         ),
         ModelDefinition(
@@ -145,6 +159,7 @@ DEFINITIONS: dict[str, ModelDefinition] = {
             preprocessing=_YOLACT,
             paper=_YOLACT_PLUS_PAPER,
             checkpoints=_YOLACT_CHECKPOINTS,
+            licence=_COCO_MIT,
             size="550x550",
         ),
         ModelDefinition(
@@ -153,6 +168,7 @@ DEFINITIONS: dict[str, ModelDefinition] = {
             preprocessing=_YOLACT,
             paper=_YOLACT_PLUS_PAPER,
             checkpoints=_YOLACT_CHECKPOINTS,
+            licence=_COCO_MIT,
             size="550x550",
         ),
         ModelDefinition(
@@ -161,6 +177,7 @@ DEFINITIONS: dict[str, ModelDefinition] = {
             preprocessing=_YOLACT,
             paper=_YOLACT_PAPER,
             checkpoints=_NO_CHECKPOINTS,
+            licence=_NO_LICENCE,
         ),
         ModelDefinition(
             name="yolact_mobilenetv2",
@@ -168,6 +185,7 @@ DEFINITIONS: dict[str, ModelDefinition] = {
             preprocessing=_YOLACT,
             paper=_YOLACT_PAPER,
             checkpoints=_NO_CHECKPOINTS,
+            licence=_NO_LICENCE,
         ),
         ModelDefinition(
             name="maskrcnn_resnet50_fpn",
@@ -175,6 +193,7 @@ DEFINITIONS: dict[str, ModelDefinition] = {
             preprocessing=_MASK_RCNN,
             paper="arXiv 1703.06870",
             checkpoints="torchvision, MaskRCNN_ResNet50_FPN_Weights.COCO_V1",
+            licence=_COCO_BSD,
             size="800x1344",
         ),
     )

@@ -23,6 +23,7 @@ from edgeseg.dataset import open_dataset
 from edgeseg.engine import available_engines, open_engine
 from edgeseg.errors import CalibrationError, FrameError, RequestError
 from edgeseg.geometry import Geometry
+from tests.calibration import small_yolact
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 node = helper.make_node
@@ -906,6 +907,56 @@ def test_the_shipped_model_gives_the_same_masks(
 
 
 # --- bad input
+
+
+# --- what is ranked
+
+
+def test_what_is_ranked_is_computed_in_float32() -> None:
+    model = small_yolact.model()
+    frames = [small_yolact.picture(seed) for seed in range(3)]
+    made = to_half(model, frames)
+    kinds = types(made.model)
+    convolutions = [each for each in made.model.graph.node if each.op_type == "Conv"]
+    assert len(convolutions) == len(small_yolact.LAYERS)
+    assert all(kinds[each.output[0]] == HALF for each in convolutions)
+    # Levels are put together before anything becomes float32, and so is what is chosen of them.
+    assert {kinds[name] for name in ("loc", "conf", "mask", "edgeseg.head.chosen")} == {HALF}
+    for name in ("odds", "top_score", "corners", "overlap_width_0", "worst_excess", "final_score"):
+        assert kinds[f"edgeseg.head.{name}"] == FLOAT, name
+    assert made.kept["edgeseg.head.odds"].startswith("order")
+    (head,) = [each for each in made.model.graph.node if each.op_type == "EdgeSegMaskAssembly"]
+    assert all(kinds[name] in (FLOAT, TensorProto.INT32) for name in head.input)
+    # The whole of the scores, the boxes of the candidates, the prototypes, the coefficients.
+    assert len(casts(made.model)) <= len(casts(model)) + 6
+
+
+def test_a_comparison_that_decides_on_a_ranking_is_float32() -> None:
+    model = graph(
+        [
+            conv("x", "c", "k"),
+            node("Relu", ["c"], ["r"], "relu"),
+            node("Mul", ["r", "small"], ["scaled"], "scale"),
+            node("Less", ["scaled", "limit"], ["below"], "compare"),
+            node("Where", ["below", "r", "limit"], ["scores"], "where"),
+            node("Reshape", ["scores", "flat"], ["row"], "row"),
+            node("TopK", ["row", "few"], ["y", "place"], "rank"),
+            conv("r", "z", "k", "second"),
+        ],
+        {
+            "k": kernel(),
+            "small": np.float32(1 / 256),
+            "limit": np.float32(0.5),
+            "flat": np.array([-1], np.int64),
+            "few": np.array([4], np.int64),
+        },
+        outputs={"y": FLOAT, "z": FLOAT},
+    )
+    made = to_half(model, pictures())
+    check(model, made)
+    ranked = {"relu", "scale", "compare", "where", "row", "rank"}
+    assert {name for name, why in made.kept.items() if why.startswith("order")} >= {"rank", "row"}
+    assert ranked <= set(made.kept) and {"c", "second"} <= set(made.half)
 
 
 def test_no_frames() -> None:

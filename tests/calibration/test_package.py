@@ -31,7 +31,6 @@ from edgeseg.engine import available_engines, open_engine
 from edgeseg.errors import CalibrationError, EdgeSegError, RequestError
 from edgeseg.evaluate import evaluate
 from edgeseg.frame import Pixels
-from tests.edgeseg.tiny_instances import TinyInstances
 
 if TYPE_CHECKING:
     from tests.calibration.conftest import Fork
@@ -347,14 +346,6 @@ def test_requests_are_checked_when_they_are_made(
 ) -> None:
     with pytest.raises(RequestError, match=words):
         place.request(**changes)
-
-
-def test_an_instance_model_is_refused_before_any_work(place: Place, tmp_path: Path) -> None:
-    stages = Stages()
-    bundle = TinyInstances().write(tmp_path / "instances")
-    with pytest.raises(CalibrationError, match="finds instances, and only models"):
-        quantize_bundle(place.request(bundle=str(bundle)), tmp_path / "int8", stage=stages)
-    assert stages.seen == [] and not (tmp_path / "int8").exists()
 
 
 def test_targets_that_are_something_else(place: Place, int8: Path, tmp_path: Path) -> None:

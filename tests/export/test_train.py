@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -26,8 +32,10 @@ from edgeseg.errors import DataError, RequestError, WeightsError
 from edgeseg.export import semantic_training
 from edgeseg.export.losses import ohem_cross_entropy
 from edgeseg.export.models import create
-from edgeseg.export.recipe import Recipe, Source
+from edgeseg.export.ranks import chosen_device
+from edgeseg.export.recipe import Recipe, Source, sources_of
 from edgeseg.export.train import train as trained
+from edgeseg.export.training_task import Batch, Score
 from edgeseg.export.weights import load_weights, read_weights, save_weights
 
 # `edgeseg.export.train` as a module; the name above is the function in it.
@@ -384,9 +392,52 @@ SHIPPED = sorted(path.name for path in (files("edgeseg.export") / "recipes").ite
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_recipes_are_recipes(name: str) -> None:
-    recipe = Recipe.read(str(files("edgeseg.export") / "recipes" / name))
+    model = {"fchardnet.toml": "fchardnet70", "yolact.toml": "yolact_resnet50"}.get(name)
+    if name.startswith("bisenet"):
+        model = name.removesuffix(".toml")
+    data = (Source(STREETS, 8),)
+    path = str(files("edgeseg.export") / "recipes" / name)
+    recipe = Recipe.read(path, model=model, sources=() if model is None else data)
     assert recipe.batch >= 2
     assert all(source.uri.split(":")[0] in ("camvid", "synthetic") for source in recipe.sources)
+    if model is not None:
+        assert Recipe.published(model, data) == recipe
+
+
+def test_a_recipe_and_a_model_agree(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(TOML)
+    assert Recipe.read(path, model="bisenetv2").model == "bisenetv2"
+    with pytest.raises(RequestError, match="is for bisenetv2, and bisenetv1 is to be trained"):
+        Recipe.read(path, model="bisenetv1")
+    other = (Source("synthetic:", 3),)
+    assert Recipe.read(path, sources=other).sources == other
+    path.write_text(TOML.replace('model = "bisenetv2"', ""))
+    assert Recipe.read(path, model="bisenetv1").model == "bisenetv1"
+    with pytest.raises(RequestError, match="no published recipe for maskrcnn_resnet50_fpn"):
+        Recipe.published("maskrcnn_resnet50_fpn", other)
+    with pytest.raises(RequestError, match="needs data"):
+        Recipe.published("bisenetv2", ())
+
+
+@pytest.mark.parametrize(
+    ("uris", "shares", "wanted"),
+    [
+        ([], None, []),
+        (["a"], None, [8]),
+        (["a", "b", "c"], None, [3, 3, 3]),
+        (["a", "b"], "3,5", [3, 5]),
+    ],
+)
+def test_sources_of_a_command_line(uris: list[str], shares: str | None, wanted: list[int]) -> None:
+    found = sources_of(uris, shares, "train")
+    assert found == tuple(Source(uri, n, "train") for uri, n in zip(uris, wanted, strict=True))
+
+
+@pytest.mark.parametrize("shares", ["3", "3,4,5", "3,x", "0,5", "3,-1", ""])
+def test_shares_that_do_not_fit(shares: str) -> None:
+    with pytest.raises(RequestError, match="one for each of 2 data sets"):
+        sources_of(["a", "b"], shares, "train")
 
 
 def test_the_command_line_trains(
@@ -395,9 +446,225 @@ def test_the_command_line_trains(
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(TOML.replace("bisenetv2", "tiny").replace("share = 2", "share = 4"))
     output = tmp_path / "model.pt"
-    assert main(["train", str(recipe), "-o", str(output), "--validate", STREETS]) == 0
+    line = ["train", "tiny", "--recipe", str(recipe), "-o", str(output), "--workers", "0"]
+    assert main([*line, "--validate", STREETS, "--log", str(tmp_path / "log")]) == 0
     assert "mIoU" in capsys.readouterr().out
     load_weights(create(tiny_definition, 11), output)
-    recipe.write_text("model: tiny")
-    assert main(["train", str(recipe), "-o", str(output)]) == 2
-    assert "not valid TOML" in capsys.readouterr().err
+    rows = (tmp_path / "log" / "scalars.csv").read_text().splitlines()
+    assert rows[0] == "step,seconds,name,value"
+    assert {row.split(",")[2] for row in rows[1:]} == {
+        "loss",
+        "loss/main",
+        "rate",
+        "synthetic streets mIoU",
+    }
+    # The options take the place of what the recipe says.
+    assert main([*line, "--steps", "1", "--data", STREETS, "--shares", "2", "--seed", "4"]) == 0
+    assert "1 steps" in capsys.readouterr().out
+    recipe.write_text("speed = 1")
+    assert main(line) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["train", "tiny", "-o", str(output)]) == 2
+    assert "no published recipe" in capsys.readouterr().err
+
+
+def test_a_log_goes_on_where_the_run_does(
+    small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    calls = iter(range(100))
+
+    def watched(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        if next(calls) == 3:
+            raise Stopped
+        return ohem_cross_entropy(logits, labels, **options)
+
+    monkeypatch.setitem(semantic_training._LOSSES, "ohem", watched)
+    recipe = replace(small, steps=5)
+    with pytest.raises(Stopped):
+        train(recipe, tmp_path / "model.pt", log=log, save_every=2, report=lambda _: None)
+    table = log / "scalars.csv"
+    written = table.read_text()
+    # Cut short in the middle of a row, as a killed process leaves it.
+    table.write_text(written[:-4])
+    train(recipe, tmp_path / "model.pt", log=log, save_every=2, report=lambda _: None)
+    rows = [row.split(",") for row in table.read_text().splitlines()[1:]]
+    steps = [int(row[0]) for row in rows if row[2] == "loss"]
+    assert steps == [1, 2, 3, 4, 5]
+    again = written.splitlines()
+    assert table.read_text().splitlines()[: len(again) - 3] == again[:-3]
+
+
+def test_the_best_network_is_kept(
+    small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([0.3, 0.6, 0.5, 0.9])
+    kept: list[dict[str, Tensor]] = []
+
+    def scores(_: object, network: Any, limit: int | None) -> list[Score]:
+        kept.append({name: value.clone() for name, value in network.state_dict().items()})
+        return [Score("streets", next(values), "streets")]
+
+    monkeypatch.setattr(semantic_training.SemanticTraining, "scores", scores)
+    train(
+        replace(small, steps=3, average=0.5),
+        tmp_path / "model.pt",
+        validate_every=1,
+        report=lambda _: None,
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.best.pt", "model.pt"]
+    best, last = state_of(tmp_path / "model.best.pt"), state_of(tmp_path / "model.pt")
+    assert all(torch.equal(best[name], kept[1][name]) for name in best)
+    assert all(torch.equal(last[name], kept[3][name]) for name in last)
+    assert not all(torch.equal(last[name], best[name]) for name in last)
+
+
+def test_gradients_of_several_batches_make_one_step(
+    small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A loss that is the mean over all samples, so two halves weigh as much as the whole; with no
+    # batch norm in the way, which sees each batch alone.
+    def mean(logits: Tensor, labels: Tensor, **_: object) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits, labels % 11)
+
+    monkeypatch.setitem(semantic_training._LOSSES, "ohem", mean)
+    seen: list[Batch[Any]] = []
+    drawn = semantic_training.SemanticBatches.drawn
+
+    def whole(self: Any, rng: np.random.Generator) -> Batch[Any]:
+        parts = seen[:2]
+        return Batch(
+            torch.cat([part.images for part in parts]),
+            semantic_training.SemanticTruth(torch.cat([part.truth.labels for part in parts]), None),
+        )
+
+    def kept(self: Any, rng: np.random.Generator) -> Batch[Any]:
+        seen.append(drawn(self, rng))
+        return seen[-1]
+
+    recipe = replace(small, steps=1, average=0.0, optimizer="sgd")
+    monkeypatch.setattr(torch.nn, "BatchNorm2d", torch.nn.Identity)
+    monkeypatch.setattr(semantic_training.SemanticBatches, "drawn", kept)
+    train(replace(recipe, accumulate=2), tmp_path / "two.pt", report=lambda _: None)
+    assert len(seen) == 2
+    monkeypatch.setattr(semantic_training.SemanticBatches, "drawn", whole)
+    train(recipe, tmp_path / "one.pt", report=lambda _: None)
+    one, two = state_of(tmp_path / "one.pt"), state_of(tmp_path / "two.pt")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"accumulate": 0}, "at least one batch"),
+        ({"optimizer": "lion"}, "adamw, sgd"),
+        ({"loss": "mse"}, "ohem, bootstrapped"),
+        ({"boundary_weight": -1.0}, "0 or more"),
+        ({"boundary_reach": 0.0}, "above 0 pixels"),
+    ],
+)
+def test_choices_that_cannot_be(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        replace(RECIPE, **changes)
+
+
+def test_boundaries_and_the_other_loss(small: Recipe, tmp_path: Path) -> None:
+    recipe = replace(small, boundary_weight=2.0, boundary_reach=3.0, loss="bootstrapped")
+    task = semantic_training.SemanticTraining(recipe, ())
+    truth = task.batches.drawn(np.random.default_rng(0)).truth
+    assert truth.weights is not None
+    assert truth.weights.shape == truth.labels.shape
+    assert 1 < float(truth.weights.max()) <= 3
+    train(recipe, tmp_path / "model.pt", report=lambda _: None)
+    state_of(tmp_path / "model.pt")
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(RequestError, match="auto, cpu or cuda"):
+        chosen_device("tpu")
+    if not torch.cuda.is_available():
+        assert chosen_device("auto") == torch.device("cpu")
+        with pytest.raises(RequestError, match="finds no GPU"):
+            chosen_device("cuda")
+
+
+def _command(recipe: Path, output: Path, *options: str) -> list[str]:
+    return ["train", "bisenetv2", "--recipe", str(recipe), "-o", str(output), *options]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(TOML.replace("steps = 3", "steps = 120\nmixed_precision = false"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    python = [sys.executable, "-m", "edgeseg"]
+
+    def losses(name: str) -> dict[int, str]:
+        rows = csv.reader((tmp_path / name / "scalars.csv").read_text().splitlines())
+        return {int(row[0]): row[3] for row in rows if row[2] == "loss"}
+
+    whole = _command(recipe, tmp_path / "whole.pt", "--log", str(tmp_path / "whole"))
+    subprocess.run([*python, *whole], check=True, env=environment)
+    parts = _command(recipe, tmp_path / "parts.pt", "--log", str(tmp_path / "parts"))
+    killed = subprocess.Popen([*python, *parts], env=environment, start_new_session=True)
+    kept = tmp_path / "parts.pt.resume"
+    while not kept.exists():
+        assert killed.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert kept.exists()
+    assert not (tmp_path / "parts.pt").exists()
+    subprocess.run([*python, *parts], check=True, env=environment)
+    assert losses("parts") == losses("whole")
+    assert len(losses("whole")) == 120
+    one, two = state_of(tmp_path / "whole.pt"), state_of(tmp_path / "parts.pt")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        TOML.replace("steps = 3", 'steps = 1\nmixed_precision = false\noptimizer = "sgd"')
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = ("--workers", "0", "--log", str(tmp_path / "log"), "--validate", STREETS)
+    done = subprocess.run(
+        [
+            *torchrun,
+            "--nproc-per-node=2",
+            "-m",
+            "edgeseg",
+            *_command(recipe, tmp_path / "two.pt", *options),
+        ],
+        check=True,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    # One of them speaks and writes.
+    assert done.stdout.count("mIoU") == 1
+    assert done.stdout.count("1 steps") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "recipe.toml", "two.pt"]
+    # The step of both is that of one process on the batches of both.
+    drawn = semantic_training.SemanticBatches.drawn
+    ranks = iter((0, 1))
+
+    def of_both(self: Any, _: np.random.Generator) -> Batch[Any]:
+        return drawn(self, np.random.default_rng((0, 0, next(ranks))))
+
+    monkeypatch.setattr(semantic_training.SemanticBatches, "drawn", of_both)
+    alone = tmp_path / "alone.pt"
+    train(replace(Recipe.read(recipe), accumulate=2), alone, report=lambda _: None)
+    one, two = state_of(alone), state_of(tmp_path / "two.pt")
+    torch.manual_seed(0)
+    fresh = create("bisenetv2", 11).state_dict()
+    for name, value in one.items():
+        # Batch norms remember what each process saw itself.
+        if "running" not in name:
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert not torch.equal(one["head.conv_out.1.weight"], fresh["head.conv_out.1.weight"])
