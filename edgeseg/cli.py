@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--views",
         metavar="A,B,...",
-        help="average several looks at a picture: sizes, and flip, as in 0.75,1.33 (semantic)",
+        help="average looks at several sizes, shares of the network size: 0.75,1.33 (semantic)",
     )
     export.add_argument(
         "--data", metavar="URI", help="labelled pictures to verify and measure on: camvid:DIR"

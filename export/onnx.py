@@ -82,7 +82,7 @@ class _Viewed(ViewedNetwork):
 
     def __init__(self, viewed: ViewedNetwork, size: tuple[int, int]) -> None:
         assert isinstance(viewed.network, SemanticNetwork)
-        super().__init__(viewed.network, viewed.views, size)
+        super().__init__(viewed.network, viewed.scales, size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.low_resolution_logits(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from edgeseg.export.preprocess import evaluate_network
 from edgeseg.export.torchengine import TorchEngine
 from edgeseg.export.transformers_models import logits_of_transformer, read_pretrained
 from edgeseg.export.verify import InstanceComparison, Verification, verify
-from edgeseg.export.views import View, ViewedNetwork
+from edgeseg.export.views import ViewedNetwork
 from edgeseg.export.weights import load_weights, read_weights
 from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
@@ -69,9 +69,8 @@ class ExportRequest:
     """What ``edgeseg export`` was asked for; None where a default applies.
 
     ``model``: a name that EdgeSeg knows, or one's own: ``package.module:factory``, an ONNX file, or
-    ``hf:FOLDER``; ``own`` says what such a model cannot say of itself. ``views``: looks
-    at each picture whose logits are averaged in the graph, see `edgeseg.export.views`; none for
-    the one plain look.
+    ``hf:FOLDER``; ``own`` says what such a model cannot say of itself. ``views``:
+    sizes at which the graph looks at each picture, see `edgeseg.export.views`; none for its own.
     """
 
     model: str
@@ -84,7 +83,7 @@ class ExportRequest:
     half_weights: bool = False
     data: str | None = None
     split: str = "val"
-    views: tuple[View, ...] = ()
+    views: tuple[float, ...] = ()
     own: OwnOptions = field(default_factory=OwnOptions)
 
 
@@ -158,9 +157,7 @@ def export_bundle(
                     "checkpoint": weights_path
                     and {"file": weights_path.name, "sha256": checkpoint},
                     "weights_stored_as": "fp16" if request.half_weights else "fp32",
-                    **(
-                        {"views": [asdict(view) for view in request.views]} if request.views else {}
-                    ),
+                    **({"views": list(request.views)} if request.views else {}),
                     "tools": tool_versions(_TOOLS),
                     **(provenance or {}),
                 },
@@ -303,7 +300,7 @@ def _own_network(request: ExportRequest) -> tuple[OwnNetwork, str, Path | None]:
 
 
 def _viewed(
-    network: SemanticNetwork | InstanceNetwork, views: tuple[View, ...], spec: ModelSpec
+    network: SemanticNetwork | InstanceNetwork, views: tuple[float, ...], spec: ModelSpec
 ) -> ViewedNetwork:
     """``network`` that looks at each picture several times."""
     if not isinstance(network, SemanticNetwork) or isinstance(network, OwnNetwork):

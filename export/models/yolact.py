@@ -47,9 +47,10 @@ __all__ = [
     "selected",
 ]
 
-#: sizes of the priors in pixels of a 550 input, level P3 to P7
-_SIZES = (24, 48, 96, 192, 384)
+#: input for which the sizes of relative priors are
 _SIZES_AT = 550
+#: pixels between two cells, level P3 to P7
+_STRIDES = (8, 16, 32, 64, 128)
 _PROTOTYPES = 32
 
 
@@ -59,11 +60,16 @@ class Priors:
 
     A cell has one for each of ``scales``, and of these for each of ``ratios``, which are width over
     height. ``square``: as wide, and as high as wide, which is what the published YOLACT does.
+    ``sizes``: pixels, level P3 to P7. With ``relative`` they are those of a 550 input, and scale
+    with it; else they are the same whatever the input, so that a network that learned from crops
+    sees larger pictures with the same eyes.
     """
 
     ratios: tuple[float, ...] = (1.0, 0.5, 2.0)
     scales: tuple[float, ...] = (1.0,)
+    sizes: tuple[float, ...] = (24, 48, 96, 192, 384)
     square: bool = False
+    relative: bool = True
 
     @property
     def per_cell(self) -> int:
@@ -76,19 +82,22 @@ class Priors:
         ``levels``: cells (rows, columns) of each, for an input of ``height`` x ``width`` pixels.
         Rows, then columns, then scales, then ratios. At other sizes than 550 the base sizes are
         scaled with the input's side, where the input is not square the square root of its area; the
-        published YOLACT cuts them to whole pixels.
+        published YOLACT cuts them to whole pixels. Its cells are equal parts of the input; those of
+        sizes in pixels are as wide as the level's stride.
         """
-        side = math.sqrt(height * width)
+        factor = math.sqrt(height * width) / _SIZES_AT if self.relative else 1.0
         ratios = torch.tensor(self.ratios, dtype=torch.float64).sqrt()
         scales = torch.tensor(self.scales, dtype=torch.float64)
         parts = []
-        for (rows, columns), size in zip(levels, _SIZES, strict=True):
-            base = size * side / _SIZES_AT
+        for (rows, columns), size, stride in zip(levels, self.sizes, _STRIDES, strict=True):
+            base = size * factor
             sizes = scales * (max(math.floor(base), 1) if self.square else base)
             widths = (sizes[:, None] * ratios).flatten()
             heights = widths if self.square else (sizes[:, None] / ratios).flatten()
-            y = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
-            x = (torch.arange(columns, dtype=torch.float64) + 0.5) / columns
+            y = torch.arange(rows, dtype=torch.float64) + 0.5
+            x = torch.arange(columns, dtype=torch.float64) + 0.5
+            y = y / rows if self.relative else y * stride / height
+            x = x / columns if self.relative else x * stride / width
             shape = (rows, columns, self.per_cell)
             part = torch.stack(
                 [
@@ -101,6 +110,10 @@ class Priors:
             )
             parts.append(part.reshape(-1, 4))
         return torch.cat(parts).float()
+
+
+#: those of the networks that are this project's own
+_OWN_PRIORS = Priors(sizes=(16, 32, 64, 128, 256), relative=False)
 
 
 class _Predictions(TypedDict):
@@ -347,10 +360,11 @@ class YolactDarknet53(Yolact):
 class YolactResNet18(Yolact):
     """YOLACT over ResNet-18, for small boards, with narrower heads; EdgeSeg's own.
 
-    With no published checkpoint to agree with, its priors have the shapes their ratios say.
+    With no published checkpoint to agree with, its priors have the shapes their ratios say,
+    and the same sizes in pixels whatever the input.
     """
 
-    boxes: ClassVar[Priors] = Priors()
+    boxes: ClassVar[Priors] = _OWN_PRIORS
     width: ClassVar[int] = 96
     image_convolutions: ClassVar[tuple[str, ...]] = ("backbone.conv1.weight",)
 
@@ -362,10 +376,11 @@ class YolactResNet18(Yolact):
 class YolactMobileNetV2(Yolact):
     """YOLACT over MobileNetV2, for small boards, with narrower heads; EdgeSeg's own.
 
-    With no published checkpoint to agree with, its priors have the shapes their ratios say.
+    With no published checkpoint to agree with, its priors have the shapes their ratios say,
+    and the same sizes in pixels whatever the input.
     """
 
-    boxes: ClassVar[Priors] = Priors()
+    boxes: ClassVar[Priors] = _OWN_PRIORS
     width: ClassVar[int] = 96
     image_convolutions: ClassVar[tuple[str, ...]] = ("backbone.stem.0.weight",)
 
@@ -384,7 +399,7 @@ def _initialise_heads(network: Yolact) -> None:
 
 def _level_sizes(height: int, width: int) -> list[tuple[int, int]]:
     """Cells (rows, columns) of P3 to P7."""
-    return [(-(-height // step), -(-width // step)) for step in (8, 16, 32, 64, 128)]
+    return [(-(-height // step), -(-width // step)) for step in _STRIDES]
 
 
 def decoded(loc: Tensor, priors: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from onnx import TensorProto
 
 from edgeseg.bundle import Bundle
 from edgeseg.calibration.graph import prepared, share_constants
-from edgeseg.calibration.package import QuantizeRequest, Quantized, layer_names, quantize_bundle
+from edgeseg.calibration.package import Quantized, QuantizeRequest, layer_names, quantize_bundle
 from edgeseg.calibration.recipe import Finetuning, QuantizationRecipe
 from edgeseg.engine import cpu_engines, open_engine
 from edgeseg.errors import CalibrationError, DataError, RequestError

@@ -195,7 +195,8 @@ def test_the_bootstrapped_loss_is_that_of_the_definition(
     assert loss.item() == pytest.approx(wanted, rel=2e-5)
     loss.backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
-    np.testing.assert_allclose(x.grad.numpy(), slope, rtol=1e-4, atol=1e-7)
+    # Of two losses that are the same in float32, either may be the last that counts.
+    np.testing.assert_allclose(x.grad.numpy(), slope, rtol=1e-4, atol=1e-6)
 
 
 def test_a_picture_smaller_than_the_least_counts_whole() -> None:

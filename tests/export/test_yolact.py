@@ -241,6 +241,19 @@ def test_priors_are_those_of_a_plain_loop(
     np.testing.assert_allclose(found.numpy(), np.array(rows), atol=1e-7)
 
 
+def test_priors_in_pixels_are_the_same_in_a_crop_and_in_the_whole() -> None:
+    priors = Priors(sizes=(16, 32, 64, 128, 256), relative=False)
+    found = {}
+    for height, width in ((288, 384), (384, 512)):
+        levels = [(-(-height // step), -(-width // step)) for step in (8, 16, 32, 64, 128)]
+        scale = torch.tensor([width, height, width, height])
+        found[height] = {tuple(row) for row in (priors.of(levels, height, width) * scale).tolist()}
+    crop, whole = ({tuple(round(v, 2) for v in row) for row in rows} for rows in found.values())
+    assert crop <= whole
+    assert (4.0, 4.0, 16.0, 16.0) in crop
+    assert (192.0, 64.0, round(256 * 2**0.5, 2), round(256 / 2**0.5, 2)) in crop
+
+
 def test_priors_at_550_are_those_of_the_pack(pack: Parity) -> None:
     levels = [(cells, cells) for cells in (69, 35, 18, 9, 5)]
     pack.check("tensor.priors", Priors(square=True).of(levels, 550, 550).numpy())
