@@ -47,6 +47,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_end_to_end.py --json benchmarks/results/end_to_end.json
 	$(BIN)/python benchmarks/bench_start.py --json benchmarks/results/start.json
 	$(BIN)/python benchmarks/bench_mask_assembly.py --json benchmarks/results/mask_assembly.json
+	$(BIN)/python benchmarks/bench_instance_end_to_end.py --json benchmarks/results/instance_end_to_end.json
 
 # Against other quantizers: needs CamVid (DATA=camvid:DIR), Python 3.11, and some GB in build/peers.
 DATA := camvid:camvid

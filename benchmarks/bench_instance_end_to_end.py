@@ -134,7 +134,7 @@ def network_input(network: Yolact, pixels: Pixels, side: int) -> Tensor:
     return (x - mean) / torch.tensor(preprocessing.std).view(1, 3, 1, 1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def busy_network(frames: Sequence[Pixels], side: int) -> Yolact:
     """YOLACT with seeded weights that finds about ``WANTED_INSTANCES`` in each of ``frames``."""
     torch.manual_seed(0)
@@ -277,9 +277,13 @@ class GraphHead:
             ir_version=8,
         )
         content, _ = OnnxFile(model.SerializeToString(), "head").without_mask_head()
-        self._run = _ort_run(content, threads) if engine == "onnxruntime" else _ov_run(
-            content, threads
-        )
+        cut = onnx.load_model_from_string(content)
+        # The assembly reads the prototypes where the network leaves them.
+        for values in (cut.graph.input, cut.graph.output):
+            for entry in [entry for entry in values if entry.name == "proto"]:
+                values.remove(entry)
+        opened = _ort_run if engine == "onnxruntime" else _ov_run
+        self._run = opened(cut.SerializeToString(), threads)
         self._feed: dict[str, NDArray[np.float32]] = {}
 
     def prepare(self, heads: Any) -> None:

@@ -10,7 +10,7 @@ from edgeseg import kernels
 from edgeseg.frame import Pixels
 from edgeseg.geometry import Geometry
 
-__all__ = ["border_step", "refine_borders"]
+__all__ = ["border_step", "influence", "refine_borders"]
 
 #: pixels of the network's input from one sample that votes to the next: seven of them span two
 #: cells of logits at an eighth of that size
@@ -28,6 +28,12 @@ def border_step(geometry: Geometry) -> tuple[int, int]:
         max(round(_NETWORK_STEP * geometry.frame_height / geometry.inner_height), 1),
         max(round(_NETWORK_STEP * geometry.frame_width / geometry.inner_width), 1),
     )
+
+
+def influence(step: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns from a border to the farthest sample that has a say in where it goes."""
+    rows, columns = (_REACH * side + _uncertain(side) for side in step)
+    return rows, columns
 
 
 def refine_borders(
@@ -63,11 +69,16 @@ def refine_borders(
 
 def _near_borders(class_map: NDArray[np.uint8], step: tuple[int, int]) -> NDArray[np.int64]:
     """Positions in the flat ``class_map`` that have another class close by."""
-    rows, columns = (4 * side // 3 for side in step)
+    rows, columns = (_uncertain(side) for side in step)
     window = np.ones((2 * rows + 1, 2 * columns + 1), np.uint8)
     # Outside of the picture there is no class; OpenCV's border for these two is just that.
     spread = cv2.dilate(class_map, window) != cv2.erode(class_map, window)
     return np.flatnonzero(spread)
+
+
+def _uncertain(step: int) -> int:
+    """Pixels from a border to the last one that is uncertain."""
+    return 4 * step // 3
 
 
 def _refined(

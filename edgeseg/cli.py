@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--compare",
         metavar="A,B,...",
-        help="steps after the network (refine), or other bundles: what each gains and costs",
+        help="steps as for --postprocess, or other bundles: what each gains, and costs",
     )
     _add_postprocess(evaluate)
     _add_engine(evaluate)
@@ -307,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--recipe", metavar="FILE.toml", help="every choice; the model's published one if left out"
     )
-    train.add_argument("--start", metavar="FILE", help="checkpoint or bundle to begin from")
+    train.add_argument("--weights", metavar="FILE", help="checkpoint or bundle to begin from")
     train.add_argument(
         "--validate",
         action="append",
@@ -320,8 +320,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--minutes", type=float, metavar="M", help="end within so many minutes")
     train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     train.add_argument("--workers", type=_whole, metavar="N", help="processes that prepare batches")
+    # No option here begins one of torchrun's, as --log or --start would: it calls that ambiguous.
     train.add_argument(
-        "--log", metavar="DIR", help="a table of all losses, and TensorBoard's if it is installed"
+        "--history",
+        metavar="DIR",
+        help="a table of all losses, and TensorBoard's if it is installed",
     )
 
     prune = _command(commands, "prune", _prune, "take channels out of a model until it costs less")
@@ -499,8 +502,9 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 def _add_postprocess(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--postprocess",
-        metavar="STEP",
-        help="what to do after the network: refine (borders follow the picture; semantic)",
+        metavar="A+B",
+        help="what to do after the network: refine (borders follow the picture); for instances "
+        "also mask-nms=0.6, rescore",
     )
 
 
@@ -762,7 +766,13 @@ def _eval_objects(options: argparse.Namespace, model: Model) -> tuple[dict[str, 
         raise RequestError("--boundary is for semantic models; an instance model has its AP")
     dataset = open_instances(options.data, options.split)
     with progress(f"evaluating on {options.data}") as update:
-        found = evaluate_instances(model.engine, dataset, limit=options.limit, progress=update)
+        found = evaluate_instances(
+            model.engine,
+            dataset,
+            limit=options.limit,
+            postprocessing=model.postprocessing,
+            progress=update,
+        )
     kinds = {"box": found.box} if found.mask is None else {"box": found.box, "mask": found.mask}
     totals = {
         kind: {
@@ -1017,12 +1027,12 @@ def _train(options: argparse.Namespace) -> int:
         train(
             replace(recipe, **changes),
             options.output,
-            start=options.start,
+            start=options.weights,
             validate=tuple((uri, "val") for uri in options.validate),
             minutes=options.minutes,
             device=options.device,
             workers=options.workers,
-            log=options.log,
+            log=options.history,
             progress=update if sys.stderr.isatty() else None,
         )
     return 0

@@ -285,25 +285,27 @@ def evaluate_instances(
     dataset: InstanceDataset,
     *,
     limit: int | None = None,
+    postprocessing: Postprocessing = NOTHING_MORE,
     progress: Callable[[int, int], None] | None = None,
 ) -> InstanceEvaluation:
     """Runs an instance ``engine`` over ``dataset`` and compares boxes, and masks at picture size.
 
-    ``limit`` and ``progress`` are those of `evaluate`. The model's classes go by their names, upper
-    and lower case the same: it must know all of the data set's, in any order, and what it knows
-    beyond them is not looked at.
+    ``limit``, ``postprocessing`` and ``progress`` are those of `evaluate`. The model's classes go
+    by their names, upper and lower case the same: it must know all of the data set's, in any order,
+    and what it knows beyond them is not looked at.
 
     Raises DataError when it does not, or a file is not as promised, and RequestError when the model
-    is semantic, or pycocotools is missing.
+    is semantic, a step not for it, or pycocotools is missing.
     """
     total = _total(limit, len(dataset))
     _check_task(engine, "instance")
+    postprocessing.check(engine.spec)
     labels = match_classes(engine.spec.classes, dataset.classes, dataset.title)
     scorer = DetectionScorer(dataset.classes)
     started = time.perf_counter()
     for done in range(total):
         sample = dataset.sample(done * len(dataset) // total)
-        result = _instance_result(engine, sample.pixels, done)
+        result = _instance_result(engine, sample.pixels, done, postprocessing)
         try:
             scorer.add(
                 sample.number,

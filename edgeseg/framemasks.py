@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg import kernels
+from edgeseg.borders import border_step, influence, refine_borders
+from edgeseg.frame import Pixels
 from edgeseg.geometry import Geometry
 from edgeseg.kernels import CocoRle, MaskGrid
 
@@ -29,7 +31,8 @@ class FrameMasks:
     ``regions``: (n, 4) int32, the part of the frame outside of which a mask is off: first row, end
     of rows, first byte, end of bytes of a packed row. ``begins``: (n,) int64, where in ``bits``
     the rows of each region begin. ``bits``: uint8, the first pixel of a byte is its highest bit;
-    bits beyond the frame's width are 0.
+    bits beyond the frame's width are 0. ``grid``: what they were made of, None where that is not
+    all.
     """
 
     height: int
@@ -37,7 +40,7 @@ class FrameMasks:
     regions: NDArray[np.int32]
     begins: NDArray[np.int64]
     bits: NDArray[np.uint8]
-    grid: MaskGrid
+    grid: MaskGrid | None
     geometry: Geometry
 
     @classmethod
@@ -71,6 +74,35 @@ class FrameMasks:
         return cls(
             geometry.frame_height, geometry.frame_width, regions, begins, bits, grid, geometry
         )
+
+    def refined(self, pixels: Pixels, *, compiled: bool | None = None) -> FrameMasks:
+        """The masks with the pixels near their borders decided again, each mask by itself.
+
+        ``pixels``: the frame, (height, width, 3) uint8 BGR. See `edgeseg.borders`, which
+        ``compiled`` is for.
+        """
+        step = border_step(self.geometry)
+        reach = influence(step)
+        regions, pieces = np.zeros_like(self.regions), []
+        for index, (top, bottom, first, end) in enumerate(self.regions.tolist()):
+            if top >= bottom or first >= end:
+                continue
+            # Beyond the region the mask is off, and votes so.
+            top, bottom = max(top - reach[0], 0), min(bottom + reach[0], self.height)
+            left = max(first * 8 - reach[1], 0) // 8 * 8
+            right = min(end * 8 + reach[1], self.width)
+            wider = np.zeros((bottom - top, right - left), np.uint8)
+            at_top, at_left, mask = self.window(index)
+            y, x = at_top - top, at_left - left
+            wider[y : y + mask.shape[0], x : x + mask.shape[1]] = mask
+            wider = refine_borders(wider, pixels[top:bottom, left:right], step, compiled=compiled)
+            packed = np.packbits(wider, axis=1)
+            regions[index] = top, bottom, left // 8, left // 8 + packed.shape[1]
+            pieces.append(packed.ravel())
+        sizes = _sizes(regions)
+        bits = np.concatenate([np.empty(0, np.uint8), *pieces])
+        begins = np.cumsum(sizes) - sizes
+        return FrameMasks(self.height, self.width, regions, begins, bits, None, self.geometry)
 
     def __len__(self) -> int:
         return len(self.regions)
@@ -112,7 +144,7 @@ class FrameMasks:
 
     def rles(self) -> list[CocoRle]:
         """COCO's compressed run lengths of each mask."""
-        if kernels.available():
+        if self.grid is not None and kernels.available():
             return kernels.level_rles(self.grid, self.geometry)
         found = []
         for index in range(len(self)):

@@ -80,7 +80,8 @@ class InstanceOutputs:
 class InstanceResult:
     """The instances of one frame, best score first.
 
-    Boxes and masks are at frame size. Masks are kept as packed bits of the part of the frame that
+    Boxes and masks are at frame size; with ``refined`` the borders of the masks are those of the
+    frame, see `edgeseg.borders`. Masks are kept as packed bits of the part of the frame that
     each can reach; the other forms are made when they are asked for. The arrays belong to the
     user; nothing overwrites them later.
     """
@@ -90,13 +91,20 @@ class InstanceResult:
     geometry: Geometry
     outputs: InstanceOutputs
     finished_ns: int = field(default_factory=time.monotonic_ns)
+    refined: bool = False
 
     @classmethod
     def from_outputs(
-        cls, outputs: InstanceOutputs, frame: Frame, geometry: Geometry, spec: ModelSpec
+        cls,
+        outputs: InstanceOutputs,
+        frame: Frame,
+        geometry: Geometry,
+        spec: ModelSpec,
+        *,
+        refined: bool = False,
     ) -> InstanceResult:
         """The result of ``frame``, finished now, its masks already at frame size."""
-        result = cls(frame=frame, spec=spec, geometry=geometry, outputs=outputs)
+        result = cls(frame=frame, spec=spec, geometry=geometry, outputs=outputs, refined=refined)
         # A mask is finished when it is at frame size: bring it there before the clock is read.
         _ = result.frame_masks
         object.__setattr__(result, "finished_ns", time.monotonic_ns())
@@ -130,12 +138,13 @@ class InstanceResult:
     @cached_property
     def frame_masks(self) -> FrameMasks:
         """The masks at frame size, as packed bits of the part of the frame that each can reach."""
-        masks = np.ascontiguousarray(self.outputs.masks)
+        levels = np.ascontiguousarray(self.outputs.masks)
         if self.spec.mask_extent == "box":
-            grid = MaskGrid(masks, pastes=self._pastes())
+            grid = MaskGrid(levels, pastes=self._pastes())
         else:
-            grid = MaskGrid(masks, boxes=np.ascontiguousarray(self.outputs.boxes))
-        return FrameMasks.of(grid, self.geometry)
+            grid = MaskGrid(levels, boxes=np.ascontiguousarray(self.outputs.boxes))
+        masks = FrameMasks.of(grid, self.geometry)
+        return masks.refined(self.frame.pixels) if self.refined else masks
 
     @cached_property
     def masks(self) -> NDArray[np.bool_]:

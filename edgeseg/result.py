@@ -200,7 +200,9 @@ def result_of(
     ``postprocessing``: what is done on the way, checked against ``spec`` before.
     """
     if isinstance(outputs, InstanceOutputs):
-        return InstanceResult.from_outputs(outputs, frame, geometry, spec)
+        return InstanceResult.from_outputs(
+            postprocessing.instances(outputs), frame, geometry, spec, refined=postprocessing.refine
+        )
     return SemanticResult.from_outputs(
         outputs, frame, geometry, spec, refined=postprocessing.refine
     )

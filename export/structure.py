@@ -133,11 +133,11 @@ def _tensors(found: object) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def smallest_input(network: Network, device: str = "cpu") -> Tensor:
+def smallest_input(network: Network) -> Tensor:
     """Zeros (1, 3, side, side) of the least size that ``network`` takes, 64 at least."""
     # From 64 on, no stage of any network is without cells.
     side = max(network.smallest, network.stride, 64)
-    return torch.zeros(1, 3, side, side, device=device)
+    return next(network.parameters()).new_zeros(1, 3, side, side)
 
 
 def positions_of(network: nn.Module, size: tuple[int, int]) -> dict[str, int]:
@@ -156,7 +156,7 @@ def positions_of(network: nn.Module, size: tuple[int, int]) -> dict[str, int]:
         if not isinstance(layer, nn.BatchNorm2d):
             layer.register_forward_hook(lambda _, __, output, name=name: count(name, output))
     with torch.no_grad():
-        shadow(torch.zeros(1, 3, *size, device="meta"))
+        shadow(next(shadow.parameters()).new_zeros(1, 3, *size))
     return found
 
 
@@ -240,7 +240,7 @@ def fit_structure(network: Network, state: Mapping[str, Tensor]) -> str | None:
     if not network.prunable:
         return f"a {type(network).__name__} cannot be pruned"
     shadow = copy.deepcopy(network).to("meta").eval()
-    x = smallest_input(network, "meta")
+    x = smallest_input(shadow)
     with torch.no_grad():
         before = [output.shape for output in outputs_of(shadow, x)]
         shadow_layers = layers_of(shadow)

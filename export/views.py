@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -48,9 +47,9 @@ class ViewedNetwork(SemanticNetwork):
     """A network whose logits are the mean over several views of one picture.
 
     ``scales``: how large each view is as a share of ``size``, the (height, width) of the input; its
-    sides are the nearest multiples of the network's stride. The logits of the views are brought to the grid of the
-    finest one, bilinearly, before they are averaged. RequestError when a view is too small for
-    ``network``.
+    sides are the nearest multiples of the network's stride. The logits of the views are brought to
+    the grid of the finest one, bilinearly, before they are averaged. RequestError when a view is
+    too small for ``network``.
     """
 
     def __init__(
@@ -78,10 +77,13 @@ class ViewedNetwork(SemanticNetwork):
             looks.append(self.network.low_resolution_logits(seen))
         grid = max((tuple(logits.shape[-2:]) for logits in looks), key=math.prod)
         finest = (grid[0], grid[1])
-        total = torch.zeros(())
-        for logits in looks:
-            if tuple(logits.shape[-2:]) != finest:
-                logits = _resized(logits, finest, align_corners=self.align_corners)
+        total, *others = (
+            logits
+            if tuple(logits.shape[-2:]) == finest
+            else _resized(logits, finest, align_corners=self.align_corners)
+            for logits in looks
+        )
+        for logits in others:
             total = total + logits
         return total / len(looks)
 

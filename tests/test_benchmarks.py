@@ -57,6 +57,11 @@ def numbers(value: object) -> list[float]:
         ("bench_start.py", (), ("seconds",)),
         ("bench_upsample_argmax.py", ("onnx", "onnxruntime"), ()),
         ("bench_mask_assembly.py", ("torch",), ()),
+        (
+            "bench_instance_end_to_end.py",
+            ("torch", "onnx", "onnxscript", "onnxruntime", "openvino"),
+            ("total_ms", "eager_ms", "of_eager", "post_share", "graph_head_ms"),
+        ),
     ],
 )
 def test_quick_run_writes_its_figures(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import openvino
 from openvino.frontend.onnx import ConversionExtension
 
@@ -106,23 +107,29 @@ def new_core() -> openvino.Core:
 
 
 def _deformable_convolution(node: Any) -> list[Any]:
-    """The outputs of ``node``, ONNX's DeformConv with all its inputs, as OpenVINO's own operator."""
+    """The outputs of ``node``, a DeformConv of ONNX over a plane, in OpenVINO's own operators."""
     from openvino import opset8
 
-    image, kernel, offsets, bias, modulation = (node.get_input(index) for index in range(5))
-    pads = list(node.get_attribute("pads"))
+    image, kernel, offsets, *optional = (node.get_input(n) for n in range(node.get_input_size()))
+    bias, modulation = [*optional, None, None][:2]
+    pads = list(node.get_attribute("pads", [0, 0, 0, 0]))
     convolved = opset8.deformable_convolution(
         image,
         offsets,
         kernel,
-        strides=list(node.get_attribute("strides")),
+        strides=list(node.get_attribute("strides", [1, 1])),
         pads_begin=pads[:2],
         pads_end=pads[2:],
-        dilations=[1, 1],
+        dilations=list(node.get_attribute("dilations", [1, 1])),
         mask=modulation,
+        group=node.get_attribute("group", 1),
+        deformable_group=node.get_attribute("offset_group", 1),
         bilinear_interpolation_pad=True,
     )
-    column = opset8.constant([1, -1, 1, 1], dtype="int64")
+    # What stands for an input that was left out before others.
+    if bias is None or bias.get_node().get_type_name() == "NullNode":
+        return list(convolved.outputs())
+    column = opset8.constant(np.array([1, -1, 1, 1], np.int64))
     return list(opset8.add(convolved, opset8.reshape(bias, column, False)).outputs())
 
 

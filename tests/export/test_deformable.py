@@ -13,7 +13,7 @@ pytest.importorskip("torch", reason="the workstation side needs torch")
 pytest.importorskip("onnx", reason="the workstation side needs onnx")
 
 import torch
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -70,10 +70,8 @@ def arrays(
 
 
 def in_torch(case: tuple[Array, Array, Array, Array, Array, int], kind: torch.dtype) -> Tensor:
-    *values, stride = case
-    x, weight, bias, offsets, modulation = (
-        torch.from_numpy(value).to(kind) for value in values
-    )
+    stride = case[5]
+    x, weight, bias, offsets, modulation = (torch.from_numpy(value).to(kind) for value in case[:5])
     return deformed_convolution(x, weight, bias, offsets, modulation, stride)
 
 
@@ -91,9 +89,8 @@ def test_it_is_that_of_a_loop(size: tuple[int, int], stride: int, spread: float)
 def test_taps_that_stay_are_a_convolution(stride: int) -> None:
     x, weight, bias, offsets, modulation, _ = arrays(2, 3, 8, 7, stride, 0.0)
     found = in_torch((x, weight, bias, offsets, modulation * 0 + 1, stride), torch.float64)
-    wanted = functional.conv2d(
-        *(torch.from_numpy(value) for value in (x, weight, bias)), stride=stride, padding=1
-    )
+    image, kernel, shift = (torch.from_numpy(value) for value in (x, weight, bias))
+    wanted = functional.conv2d(image, kernel, shift, stride=stride, padding=1)
     torch.testing.assert_close(found, wanted)
 
 
@@ -112,9 +109,12 @@ def test_what_is_read_at_the_edge_fades_and_beyond_it_is_nothing() -> None:
 
 
 def test_everything_has_a_gradient() -> None:
-    *values, stride = arrays(1, 2, 4, 3, 1, 0.4)
-    inputs = [torch.from_numpy(value).requires_grad_() for value in values]
-    assert torch.autograd.gradcheck(lambda *given: deformed_convolution(*given, stride), inputs)
+    inputs = [torch.from_numpy(v).requires_grad_() for v in arrays(1, 2, 4, 3, 1, 0.4)[:5]]
+
+    def convolved(x: Tensor, weight: Tensor, bias: Tensor, moved: Tensor, share: Tensor) -> Tensor:
+        return deformed_convolution(x, weight, bias, moved, share, 1)
+
+    assert torch.autograd.gradcheck(convolved, inputs)
 
 
 def test_a_new_layer_is_half_a_convolution() -> None:
@@ -174,12 +174,59 @@ def test_the_exported_layer_is_that_of_a_loop(run: Any, stride: int) -> None:
     assert [node.op_type for node in graph.node].count("DeformConv") == 1
     assert {tensor.name for tensor in graph.initializer} >= set(layer.state_dict())
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
-    wanted = slow(
-        *(
-            value.detach().double().numpy()
-            for value in (x, layer.weight, layer.bias, found[:, :18], found[:, 18:].sigmoid())
-        ),
-        stride,
+    x64, weight, bias, moved, share = (
+        value.detach().double().numpy()
+        for value in (x, layer.weight, layer.bias, found[:, :18], found[:, 18:].sigmoid())
     )
+    wanted = slow(x64, weight, bias, moved, share, stride)
     given = run(model.SerializeToString(), x.numpy())
     np.testing.assert_allclose(given, wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "attributes"),
+    [
+        ("wobm", {"pads": [1, 1, 1, 1]}),
+        ("wo", {}),
+        ("wob", {"pads": [1, 0, 0, 1]}),
+        ("wo-m", {}),
+        ("wobm", {"pads": [2] * 4, "strides": [2, 2], "dilations": [2, 2], "offset_group": 2}),
+        ("wob", {"group": 2, "strides": [2, 1]}),
+    ],
+)
+def test_openvino_reads_every_form_of_it(inputs: str, attributes: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    pads = attributes.get("pads", [0] * 4)
+    parts = attributes.get("offset_group", 1)
+    rows, columns = (
+        (side + pads[axis] + pads[axis + 2] - 2 * dilation - 1) // stride + 1
+        for axis, side, stride, dilation in zip(
+            (0, 1),
+            (9, 11),
+            attributes.get("strides", [1, 1]),
+            attributes.get("dilations", [1, 1]),
+            strict=True,
+        )
+    )
+    shapes = {
+        "w": (4, 4 // attributes.get("group", 1), 3, 3),
+        "o": (1, 18 * parts, rows, columns),
+        "b": (4,),
+        "m": (1, 9 * parts, rows, columns),
+    }
+    names = [name.replace("-", "") for name in inputs]
+    graph = helper.make_graph(
+        [helper.make_node("DeformConv", ["edgeseg.x", *names], ["y"], **attributes)],
+        "one",
+        [helper.make_tensor_value_info("edgeseg.x", TensorProto.FLOAT, [1, 4, 9, 11])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(rng.standard_normal(shapes[name]).astype(np.float32), name)
+            for name in names
+            if name
+        ],
+    )
+    opsets = [helper.make_opsetid("", 19)]
+    content = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+    x = rng.standard_normal((1, 4, 9, 11)).astype(np.float32)
+    np.testing.assert_allclose(in_openvino(content, x), in_onnxruntime(content, x), atol=1e-4)

@@ -88,7 +88,7 @@ def test_yolact_plus_plus_is_named(parity: Packs) -> None:
     state = {key: torch.zeros(shape, device="meta") for key, shape in keys.items()}
     with torch.device("meta"):
         network = yolact("yolact_resnet50", 81)
-    with pytest.raises(WeightsError, match=r"a checkpoint of YOLACT\+\+.* of the same backbone"):
+    with pytest.raises(WeightsError, match=r"a checkpoint of YOLACT\+\+.* yolact_plus_resnet50"):
         load_weights(network, state)
 
 

@@ -1,0 +1,399 @@
+"""Pruning to a target, the widths it leaves, and everything that can be wrong with a request."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the workstation side needs torch")
+pytest.importorskip("torch_pruning", reason="pruning needs torch-pruning")
+pytest.importorskip("onnx", reason="the workstation side needs onnx")
+
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from edgeseg.cli import main
+from edgeseg.errors import RequestError
+from edgeseg.export.couplings import Coupling
+from edgeseg.export.importance import WeightNorm
+from edgeseg.export.latency import EngineStopwatch
+from edgeseg.export.models import Network, SemanticNetwork, create
+from edgeseg.export.prune import Rules, Target, counted, prune, recalibrate
+from edgeseg.export.structure import positions_of, structure_of, total
+from edgeseg.export.weights import load_weights, save_weights
+
+Lively = Callable[[Network, int], Network]
+
+SIZE = (64, 64)
+L2 = WeightNorm(2)
+
+
+@pytest.fixture
+def network(tiny_class: type[SemanticNetwork], lively: Lively) -> Network:
+    return lively(tiny_class(3), 7)
+
+
+def amount(network: Network, kind: str) -> int:
+    cost = total(structure_of(network), positions_of(network, SIZE))
+    return cost.macs if kind == "macs" else cost.parameters
+
+
+@pytest.mark.parametrize("kind", ["macs", "parameters"])
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_cost_falls_to_the_target_and_no_further(
+    kind: str, share: float, multiple: int, lively: Lively
+) -> None:
+    network = lively(create("bisenetv2", 4), 3)
+    before = amount(network, kind)
+    found = prune(network, Target(kind, share), L2, Rules(multiple, multiple), size=SIZE)  # type: ignore[arg-type]
+    after = amount(network, kind)
+    costs = [getattr(cost, kind) for cost in found.costs]
+    assert costs == [before, after]
+    # The last chunk was needed: it is a small part of the whole.
+    assert share - 0.05 < after / before <= share
+    assert all(
+        found.after[name].out_channels in (shape.out_channels, *range(0, 2000, multiple))
+        for name, shape in found.before.items()
+    )
+    network(torch.zeros(1, 3, *SIZE))
+
+
+@pytest.mark.parametrize(("multiple", "minimum"), [(8, 8), (16, 16), (32, 64), (5, 7)])
+def test_widths_are_multiples_or_as_they_were(multiple: int, minimum: int, lively: Lively) -> None:
+    network = lively(create("bisenetv2", 4), 3)
+    before = structure_of(network)
+    prune(network, Target("macs", 0.7), L2, Rules(multiple, minimum), size=SIZE)
+    changed = 0
+    for name, shape in structure_of(network).items():
+        width = shape.out_channels
+        if width == before[name].out_channels:
+            continue
+        if shape.groups > 1:
+            # Filters of a channel's own go with it.
+            width = shape.groups
+        assert width % multiple == 0 and width >= minimum, name
+        changed += 1
+    assert changed > 5
+
+
+class Given:
+    """Scores made by a function of the coupling."""
+
+    name = "given"
+
+    def __init__(self, scores: Callable[[Coupling], NDArray[np.float64]]) -> None:
+        self._scores = scores
+
+    def __call__(
+        self, network: Network, couplings: Sequence[Coupling]
+    ) -> list[NDArray[np.float64]]:
+        return [self._scores(coupling) for coupling in couplings]
+
+
+def test_what_matters_least_goes(network: Network) -> None:
+    kept = [1, 4, 6, 7]
+    state = copy.deepcopy(network.state_dict())
+
+    def scores(coupling: Coupling) -> NDArray[np.float64]:
+        if coupling.name != "first.conv":
+            return np.full(len(coupling), 1e6)
+        return np.isin(np.arange(8), kept) + 1.0
+
+    share = 0.9
+    found = prune(network, Target("macs", share), Given(scores), Rules(4, 4), size=SIZE)
+    assert [shape.out_channels for shape in found.after.values()] == [4, 12, 3]
+    for key in ("first.conv.weight", "first.bn.running_var", "first.bn.bias"):
+        torch.testing.assert_close(network.state_dict()[key], state[key][kept])
+    torch.testing.assert_close(
+        network.state_dict()["second.conv.weight"], state["second.conv.weight"][:, kept]
+    )
+
+
+def test_what_a_measure_says_nothing_about_stays(network: Network) -> None:
+    def scores(coupling: Coupling) -> NDArray[np.float64]:
+        known = coupling.name == "second.conv"
+        return np.ones(len(coupling)) if known else np.full(len(coupling), np.nan)
+
+    found = prune(network, Target("macs", 0.9), Given(scores), Rules(1, 1), size=SIZE)
+    assert found.after["first.conv"] == found.before["first.conv"]
+    assert found.after["second.conv"].out_channels < 12
+
+
+def test_training_heads_keep_their_channels_and_follow(lively: Lively) -> None:
+    network = lively(create("bisenetv2", 4, auxiliary_heads=True), 3)
+    found = prune(network, Target("macs", 0.4), L2, size=SIZE)
+    for name, shape in found.after.items():
+        if name.startswith("aux"):
+            assert shape.out_channels == found.before[name].out_channels
+    assert found.after["aux2.conv.conv"].in_channels == found.after[
+        "segment.S1S2.fuse.conv"
+    ].out_channels  # fmt: skip
+
+
+def test_steps_train_between(lively: Lively) -> None:
+    network = lively(create("bisenetv2", 4), 3)
+    before = amount(network, "macs")
+    seen: list[tuple[int, float]] = []
+    progress: list[tuple[int, int]] = []
+
+    def finetune(given: Network, step: int) -> None:
+        assert given is network
+        given.train()
+        seen.append((step, amount(given, "macs") / before))
+
+    prune(
+        network,
+        Target("macs", 0.4),
+        L2,
+        size=SIZE,
+        steps=3,
+        finetune=finetune,
+        progress=lambda done, of: progress.append((done, of)),
+    )
+    assert [step for step, _ in seen] == [1, 2, 3]
+    for (_, share), wanted in zip(seen, (0.8, 0.6, 0.4), strict=True):
+        assert wanted - 0.05 < share <= wanted
+    assert not network.training
+    assert progress == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_milliseconds_are_met_by_a_network_that_was_measured(lively: Lively) -> None:
+    network = lively(create("bisenetv2", 4), 3)
+    times: list[float] = []
+
+    def stopwatch(given: Network) -> float:
+        # Some of it does not depend on the channels.
+        times.append(2 + 10 * amount(given, "macs") / full)
+        return times[-1]
+
+    full = amount(network, "macs")
+    prune(network, Target("milliseconds", 7.0), L2, size=SIZE, stopwatch=stopwatch)
+    reached = stopwatch(network)
+    assert 6.7 < reached <= 7.0
+    # The original, the smallest, and a search by halves.
+    assert len(times) <= 2 + 8 + 1
+    assert times[0] == 12.0
+
+
+@pytest.mark.parametrize(
+    ("target", "rules", "words"),
+    [
+        (Target("macs", 1e12), Rules(), "and a target of 1000.00 G multiplications came; take"),
+        (Target("macs", 0.01), Rules(), r"^pruning can bring this network down to .* k mult"),
+        (Target("parameters", 10), Rules(), r"and 10 parameters came; take a larger target"),
+        (Target("macs", 0.5), Rules(protect=("second", "first")), "down to 245.76 k"),
+        (Target("macs", 0.5), Rules(protect=("third",)), "and 'third' came"),
+        (Target("milliseconds", 5), Rules(), "no stopwatch came"),
+    ],
+)
+def test_targets_that_cannot_be_met_change_nothing(
+    network: Network, target: Target, rules: Rules, words: str
+) -> None:
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(RequestError, match=words):
+        prune(network, target, L2, rules, size=SIZE)
+    for key, value in network.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Target("macs", 0), "a number above 0, and 0 came"),
+        (lambda: Target("milliseconds", float("nan")), "and nan came"),
+        (lambda: Target("parameters", 1), "a share below 1, such as 0.5, or a number of param"),
+        (lambda: Rules(multiple=0), "multiple is 1 channel or more, and 0 came"),
+        (lambda: Rules(minimum=-1), "minimum is 1 channel or more, and -1 came"),
+    ],
+)
+def test_wrong_numbers_are_refused(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(12, "12"), (2.41e9, "2.41 G"), (3.36e6, "3.36 M"), (1500, "1.50 k")]
+)
+def test_counted(value: float, text: str) -> None:
+    assert counted(value) == text
+
+
+def test_recalibration_is_the_mean_over_batches(network: Network) -> None:
+    batches = [
+        torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(s)) for s in (0, 1)
+    ]
+    recalibrate(network, batches)
+    conv = network.get_submodule("first.conv")
+    with torch.no_grad():
+        seen = [conv(x).double().transpose(0, 1).flatten(1) for x in batches]
+    norm = network.get_submodule("first.bn")
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None and norm.running_var is not None
+    mean = sum(each.mean(1) for each in seen) / 2
+    variance = sum(each.var(1) for each in seen) / 2
+    torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.running_var.double(), variance, rtol=1e-5, atol=1e-6)
+    assert norm.momentum == 0.1 and not norm.training
+    with pytest.raises(RequestError, match="batches of 2, and 1 came"):
+        recalibrate(network, [batches[0][:1]])
+
+
+# --- the command
+
+
+@pytest.fixture
+def checkpoint(tiny_definition: str, network: Network, tmp_path: Path) -> Path:
+    save_weights(network, tmp_path / "tiny.pt")
+    return tmp_path / "tiny.pt"
+
+
+def command(checkpoint: Path, *more: str) -> list[str]:
+    return ["prune", "tiny", "--weights", str(checkpoint), "--size", "64x96", *more]
+
+
+@pytest.mark.parametrize("importance", ["l2", "activation", "taylor", "bn"])
+def test_a_pruned_checkpoint_is_exported_like_any_other(
+    checkpoint: Path,
+    camvid: str,
+    importance: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    leftovers: Callable[[Path], list[str]],
+) -> None:
+    out = tmp_path / "small.pt"
+    frames = camvid.removeprefix("camvid:") + "/images/val"
+    code = main(
+        command(
+            checkpoint, "--macs", "0.6", "--multiple", "2", "--minimum", "2", "-o", str(out),
+            "--importance", importance, "--calibration", frames,
+            "--json", str(tmp_path / "out.json"), "--report", str(tmp_path / "report.html"),
+        )
+    )  # fmt: skip
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["importance"] == importance
+    before, after = content["macs"]
+    assert after <= 0.6 * before
+    layers = {layer["name"]: layer for layer in content["layers"]}
+    assert sum(layer["macs"][1] for layer in layers.values()) == after
+    assert layers["classify"]["out_channels"] == [3, 3]
+    assert "second.conv" in printed.out and f"saved {out}" in printed.out
+    assert "second.conv" in (tmp_path / "report.html").read_text()
+    # Which proves that the engines give what PyTorch gives.
+    assert main(["export", "tiny", "--weights", str(out), "--size", "64x96",
+                 "-o", str(tmp_path / "bundle")]) == 0  # fmt: skip
+    bundle = tmp_path / "bundle"
+    # And once more, from the bundle, whose size it takes.
+    again = ["prune", "tiny", "--weights", str(bundle), "--params", "0.8", "--multiple", "1",
+             "--minimum", "1", "-o", str(tmp_path / "smaller.pt")]  # fmt: skip
+    assert main(again) == 0, capsys.readouterr().err
+    sizes = [p.stat().st_size for p in (checkpoint, out, tmp_path / "smaller.pt")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert leftovers(tmp_path) == []
+
+
+def test_labels_steer_taylor(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--macs", "0.6", "--multiple", "1", "--minimum", "1", "-o", str(tmp_path / "o.pt"))
+    labels = ("--importance", "taylor", "--labels", "synthetic:?frames=4&size=64x96")
+    assert main(command(checkpoint, *more, *labels)) == 2
+    assert "11 classes, and the model 3" in capsys.readouterr().err
+    assert not (tmp_path / "o.pt").exists()
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_milliseconds_before_and_after_are_told(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
+) -> None:
+    pytest.importorskip(engine)
+    more = ("--params", "0.7", "--multiple", "1", "--minimum", "1", "-o", str(tmp_path / "o.pt"))
+    code = main(command(checkpoint, *more, "--engine", engine, "--threads", "1", "--json", "-"))
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    content = json.loads(printed.out)
+    assert len(content["milliseconds"]) == 2 and min(content["milliseconds"]) > 0
+    assert "1 threads" in content["engine"]
+
+
+def test_a_stopwatch_tells_a_wide_network_from_a_narrow_one(lively: Lively) -> None:
+    network = lively(create("bisenetv2", 4), 3)
+    small = copy.deepcopy(network)
+    prune(small, Target("macs", 0.15), L2, size=(192, 192))
+    with EngineStopwatch(network, (192, 192), engine="onnxruntime", threads=1) as stopwatch:
+        assert stopwatch(small) < stopwatch(network)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (("--macs", "0.5", "--protect", "secnd"), 2, "and 'secnd' came; close to it are second"),
+        (("--macs", "2"), 2, "pruning can bring this network down to"),
+        (("--macs", "0.01"), 2, "pruning can bring this network down to"),
+        (("--macs", "900G"), 2, "take one below"),
+        (("--params", "1"), 2, "a target is a share below 1"),
+        (("--milliseconds", "3", "--engine", "tensorrt"), 2, "openvino or onnxruntime, and 'ten"),
+        (("--macs", "0.5", "--engine", "nothing"), 2, "openvino or onnxruntime, and 'nothing'"),
+        (("--macs", "0.5", "--importance", "luck"), 2, "importance is one of activation, l1, l2"),
+        (("--macs", "0.5", "--importance", "activation"), 2, "name a folder"),
+        (("--macs", "0.5", "--importance", "taylor"), 2, "name a folder"),
+        (("--macs", "0.5", "--labels", "synthetic:"), 2, "read by --importance taylor alone"),
+        (("--macs", "0.5", "--calibration", "nowhere"), 1, "nowhere does not exist"),
+        (("--macs", "0.5", "--multiple", "0"), 2, "from 1 to 999999999"),
+        (("--macs", "half"), 2, "a number above 0 is wanted"),
+        (("--macs", "-1"), 2, "a number above 0 is wanted"),
+        (("--macs", "0.5", "--params", "0.5"), 2, "not allowed with"),
+        ((), 2, "one of the arguments --macs --params --milliseconds is required"),
+        (("--macs", "0.5", "--report", "nowhere/r.html"), 1, "is no writable folder"),
+    ],
+)
+def test_wrong_requests_are_told_and_write_nothing(
+    checkpoint: Path,
+    tmp_path: Path,
+    more: tuple[str, ...],
+    code: int,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    there = sorted(tmp_path.rglob("*"))
+    try:
+        found = main(command(checkpoint, "-o", str(tmp_path / "new" / "out.pt"), *more))
+    except SystemExit as stop:
+        found = int(str(stop.code))
+    told = capsys.readouterr().err
+    assert words in told
+    assert found == code
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_models_that_cannot_be_pruned_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out.pt")
+    assert main(["prune", "resnet", "--macs", "0.5", "-o", out]) == 2
+    assert "the models are bisenetv1" in capsys.readouterr().err
+    assert main(["prune", "bisenetv2", "--macs", "0.5", "-o", out]) == 2
+    assert "give a checkpoint with --weights" in capsys.readouterr().err
+    assert main(["prune", "bisenetv2", "--weights", "x.pt", "--macs", "0.5", "-o", out]) == 1
+    assert "x.pt does not exist" in capsys.readouterr().err
+
+
+def test_the_shipped_model_is_pruned_at_its_own_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.pt"
+    assert main(["prune", "streets", "--macs", "0.5", "-o", str(out), "--json", "-"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["size"] == [384, 480] and content["model"] == "bisenetv2"
+    network = load_weights(create("bisenetv2", 11), out)
+    assert (
+        total(structure_of(network), positions_of(network, (384, 480))).macs == content["macs"][1]
+    )
