@@ -154,7 +154,10 @@ def _session(
 ) -> onnxruntime.InferenceSession:
     """A session that gives ``tensors`` and takes ``given`` besides the picture."""
     inferred = onnx.shape_inference.infer_shapes(model).graph
-    kinds = {value.name: value.type.tensor_type.elem_type for value in inferred.value_info}
+    kinds = {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*inferred.value_info, *inferred.output)
+    }
     asked = onnx.ModelProto()
     asked.CopyFrom(model)
     nodes = [node for node in asked.graph.node if not set(given).intersection(node.output)]

@@ -22,6 +22,7 @@ from edgeseg.bundle import Bundle
 from edgeseg.calibration.graph import prepared, share_constants
 from edgeseg.calibration.package import Quantized, QuantizeRequest, layer_names, quantize_bundle
 from edgeseg.calibration.recipe import Finetuning, QuantizationRecipe
+from edgeseg.calibration.sensitivity import Laboratory
 from edgeseg.engine import cpu_engines, open_engine
 from edgeseg.errors import CalibrationError, DataError, RequestError
 from edgeseg.evaluate import InstanceEvaluation, evaluate_instances
@@ -187,7 +188,11 @@ def test_int8_with_the_rest_in_fp16(place: Place, tmp_path: Path) -> None:
         open_engine(Bundle.open(tmp_path / "mixed"), name, threads=1).close()
 
 
-def test_budget_is_in_points_of_ap(place: Place, int8: Quantized, tmp_path: Path) -> None:
+def test_budget_is_in_points_of_ap(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Laboratory, "extra_ms", lambda self, floats: float(len(floats)))
+    monkeypatch.setattr(Laboratory, "latency_ms", lambda self: 1.0)
     made = quantize_bundle(place.request(max_drop=60.0), tmp_path / "int8")
     assert made.floats == () and made.accuracy is not None
     assert manifest_of(made.path)["quantization"]["max_drop"] == 60.0

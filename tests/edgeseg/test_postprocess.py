@@ -132,6 +132,7 @@ def test_steps_follow_each_other() -> None:
     assert rows(both) == rows(rescored(without_duplicates(outputs, 0.4)))
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 def test_refined_masks_are_those_of_the_whole_frame() -> None:
     random = np.random.default_rng(4)
     geometry = Geometry.between(61, 83, OBJECTS)

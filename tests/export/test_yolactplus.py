@@ -93,7 +93,8 @@ def a_network() -> SmallPlus:
         for module in network.maskiou_net.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
-                nn.init.uniform_(cast(Tensor, module.bias), 0.0, 0.5)
+                nn.init.uniform_(cast(Tensor, module.bias), 0.4, 0.9)
+        cast(Any, network.maskiou_net.maskiou_net)[10].weight *= 0.1
         heads = network(x)
         head.conf_layer.weight *= 2.5 / heads["conf"].std()
         head.bbox_layer.weight *= 1.0 / heads["loc"].std()
