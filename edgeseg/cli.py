@@ -26,6 +26,8 @@ from edgeseg.progress import progress
 if TYPE_CHECKING:
     from edgeseg.bundle import Bundle
     from edgeseg.calibration.lint import Placement
+    from edgeseg.export.distill import Teacher
+    from edgeseg.export.recipe import Recipe
     from edgeseg.model import Model
     from edgeseg.spec import ModelSpec
 
@@ -290,42 +292,26 @@ def _parser() -> argparse.ArgumentParser:
 
     train = _command(commands, "train", _train, "train a model on labelled pictures")
     train.add_argument("model", metavar="MODEL", help="as `edgeseg models` has them")
-    train.add_argument("-o", "--output", required=True, metavar="FILE.pt")
-    train.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="URI",
-        help="camvid:DIR, coco:DIR or synthetic:, once for each set; those of the recipe if none",
+    _add_training(train)
+
+    distill = _command(commands, "distill", _distill, "train a model with a teacher")
+    distill.add_argument("model", metavar="STUDENT", help="as `edgeseg models` has them")
+    distill.add_argument(
+        "--teacher",
+        required=True,
+        metavar="WHAT",
+        help="a bundle, a checkpoint (.pt, .pth), package.module:factory, or an ONNX file",
     )
-    train.add_argument(
-        "--shares",
-        metavar="N,N,...",
-        help="samples of a batch from each --data; about 8 in all if left out",
+    distill.add_argument(
+        "--teacher-model", metavar="MODEL", help="what the checkpoint is of; STUDENT if left out"
     )
-    train.add_argument("--split", default="train", metavar="NAME", help="of --data")
-    train.add_argument(
-        "--recipe", metavar="FILE.toml", help="every choice; the model's published one if left out"
+    distill.add_argument(
+        "--alpha", type=float, metavar="0-1", help="the labels' share of the loss; 0.5"
     )
-    train.add_argument("--weights", metavar="FILE", help="checkpoint or bundle to begin from")
-    train.add_argument(
-        "--validate",
-        action="append",
-        default=[],
-        metavar="URI",
-        help="evaluate on the split val of it now and then, and keep the best",
+    distill.add_argument(
+        "--temperature", type=float, metavar="T", help="at which outputs are compared; 2"
     )
-    train.add_argument("--steps", type=_count, metavar="N", help="in place of the recipe's")
-    train.add_argument("--seed", type=_whole, metavar="N", help="in place of the recipe's")
-    train.add_argument("--minutes", type=float, metavar="M", help="end within so many minutes")
-    train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    train.add_argument("--workers", type=_whole, metavar="N", help="processes that prepare batches")
-    # No option here begins one of torchrun's, as --log or --start would: it calls that ambiguous.
-    train.add_argument(
-        "--history",
-        metavar="DIR",
-        help="a table of all losses, and TensorBoard's if it is installed",
-    )
+    _add_training(distill)
 
     prune = _command(commands, "prune", _prune, "take channels out of a model until it costs less")
     prune.add_argument(
@@ -505,6 +491,48 @@ def _add_postprocess(parser: argparse.ArgumentParser) -> None:
         metavar="A+B",
         help="what to do after the network: refine (borders follow the picture); for instances "
         "also mask-nms=0.6, rescore",
+    )
+
+
+def _add_training(train: argparse.ArgumentParser) -> None:
+    """The options of all commands that train.
+
+    None of them begins an option of torchrun, as --log or --start would: it calls that ambiguous.
+    """
+    train.add_argument("-o", "--output", required=True, metavar="FILE.pt")
+    train.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="URI",
+        help="camvid:DIR, coco:DIR or synthetic:, once for each set; those of the recipe if none",
+    )
+    train.add_argument(
+        "--shares",
+        metavar="N,N,...",
+        help="samples of a batch from each --data; about 8 in all if left out",
+    )
+    train.add_argument("--split", default="train", metavar="NAME", help="of --data")
+    train.add_argument(
+        "--recipe", metavar="FILE.toml", help="every choice; the model's published one if left out"
+    )
+    train.add_argument("--weights", metavar="FILE", help="checkpoint or bundle to begin from")
+    train.add_argument(
+        "--validate",
+        action="append",
+        default=[],
+        metavar="URI",
+        help="evaluate on the split val of it now and then, and keep the best",
+    )
+    train.add_argument("--steps", type=_count, metavar="N", help="in place of the recipe's")
+    train.add_argument("--seed", type=_whole, metavar="N", help="in place of the recipe's")
+    train.add_argument("--minutes", type=float, metavar="M", help="end within so many minutes")
+    train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    train.add_argument("--workers", type=_whole, metavar="N", help="processes that prepare batches")
+    train.add_argument(
+        "--history",
+        metavar="DIR",
+        help="a table of all losses, and TensorBoard's if it is installed",
     )
 
 
@@ -831,7 +859,7 @@ def _eval_side_by_side(options: argparse.Namespace) -> int:
     from edgeseg.compare import Candidate, compare
     from edgeseg.dataset import open_dataset
     from edgeseg.instance_dataset import open_instances
-    from edgeseg.postprocess import Postprocessing
+    from edgeseg.postprocess import STEPS, Postprocessing
 
     if options.boundary or options.panoptic is not None or options.postprocess is not None:
         raise RequestError(
@@ -842,7 +870,9 @@ def _eval_side_by_side(options: argparse.Namespace) -> int:
         model = stack.enter_context(_load(options, options.bundle))
         candidates = [Candidate(options.bundle, model.engine)]
         for item in (name.strip() for name in options.compare.split(",")):
-            if item in SHIPPED or Path(item).exists():
+            # A folder that is called like a step is ./refine.
+            is_step = item.partition("+")[0].partition("=")[0].strip() in STEPS
+            if item in SHIPPED or (item and not is_step and Path(item).exists()):
                 other = stack.enter_context(_load(options, item))
                 candidates.append(Candidate(item, other.engine))
             else:
@@ -1010,10 +1040,33 @@ def _quantize(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from edgeseg.export.recipe import Recipe, Source, sources_of
-    from edgeseg.export.train import train
+    _run_training(options, _recipe(options), None)
+    return 0
 
-    sources: tuple[Source, ...] = sources_of(options.data, options.shares, options.split)
+
+def _distill(options: argparse.Namespace) -> int:
+    from edgeseg.export.distill import open_teacher
+    from edgeseg.export.distillation import Distillation
+    from edgeseg.export.foreign import importable_here
+
+    recipe = _recipe(options)
+    changes = {
+        name: value
+        for name, value in (("alpha", options.alpha), ("temperature", options.temperature))
+        if value is not None
+    }
+    settings = replace(recipe.distillation or Distillation(), **changes)
+    with importable_here():
+        teacher = open_teacher(options.teacher, options.teacher_model or options.model, recipe.crop)
+    _run_training(options, replace(recipe, distillation=settings), teacher)
+    return 0
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """What the options of a command that trains say."""
+    from edgeseg.export.recipe import Recipe, sources_of
+
+    sources = sources_of(options.data, options.shares, options.split)
     if options.recipe is not None:
         recipe = Recipe.read(options.recipe, model=options.model, sources=sources)
     else:
@@ -1023,11 +1076,18 @@ def _train(options: argparse.Namespace) -> int:
         for name, value in (("steps", options.steps), ("seed", options.seed))
         if value is not None
     }
+    return replace(recipe, **changes)
+
+
+def _run_training(options: argparse.Namespace, recipe: Recipe, teacher: Teacher | None) -> None:
+    from edgeseg.export.train import train
+
     with progress(f"training {options.model}") as update:
         train(
-            replace(recipe, **changes),
+            recipe,
             options.output,
             start=options.weights,
+            teacher=teacher,
             validate=tuple((uri, "val") for uri in options.validate),
             minutes=options.minutes,
             device=options.device,
@@ -1035,7 +1095,6 @@ def _train(options: argparse.Namespace) -> int:
             log=options.history,
             progress=update if sys.stderr.isatty() else None,
         )
-    return 0
 
 
 def _prune(options: argparse.Namespace) -> int:

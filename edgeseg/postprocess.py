@@ -12,7 +12,10 @@ from edgeseg.errors import RequestError
 from edgeseg.instances import InstanceOutputs
 from edgeseg.spec import ModelSpec
 
-__all__ = ["NOTHING_MORE", "Postprocessing", "rescored", "without_duplicates"]
+__all__ = ["NOTHING_MORE", "STEPS", "Postprocessing", "rescored", "without_duplicates"]
+
+#: what the steps are called, in the order in which they are taken
+STEPS = ("mask-nms", "rescore", "refine")
 
 # A sample of a mask is on above a half of 255.
 _HALF = 127

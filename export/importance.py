@@ -1,6 +1,7 @@
 """How much a network would miss each of its channels: four measures behind one protocol.
 
-A measure scores the bundles of channels that ``find_couplings`` found. The lowest go first.
+A measure scores the bundles of channels that ``find_couplings`` found. The lowest of a coupling go
+first, and what is lost is the sum of their scores.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Importance(Protocol):
     def __call__(
         self, network: Network, couplings: Sequence[Coupling]
     ) -> list[NDArray[np.float64]]:
-        """(bundles,) scores of each coupling, 0 or more, comparable over all of them.
+        """(bundles,) scores of each coupling, 0 or more; they are compared within it.
 
         NaN where the measure says nothing; such bundles stay. ``network`` is in eval mode, and
         is not changed.
@@ -169,9 +170,9 @@ class Taylor:
     """How much a loss changes, to first order, when nobody reads a channel any more.
 
     The change is -Σ w · ∂L/∂w over the weights that read the channel, since what a layer gives is
-    linear in them; a score is its root mean square over ``losses``. With Molchanov et al.,
-    "Importance Estimation for Neural Network Pruning" (2019, arXiv 1906.10771), whose gate behind a
-    batch norm has the same derivative. All scores have the unit of the loss.
+    linear in them; a score is its mean square over ``losses``. As in Molchanov et al., "Importance
+    Estimation for Neural Network Pruning" (2019, arXiv 1906.10771), whose gate behind a batch norm
+    has the same derivative.
     """
 
     name = "taylor"
@@ -215,7 +216,7 @@ class Taylor:
         finally:
             for (_, weight), before in zip(readers, required, strict=True):
                 weight.requires_grad_(before)
-        return [np.sqrt(square / max(count, 1)) for square in squares]
+        return [square / max(count, 1) for square in squares]
 
 
 def labelled_loss(x: Tensor, labels: Tensor, ignore: int) -> Loss:

@@ -18,6 +18,7 @@ from edgeseg.export.augment import Augmentation, Placement
 from edgeseg.export.models import create, definition
 from edgeseg.export.models.network import Network
 from edgeseg.export.models.yolact import Yolact
+from edgeseg.export.models.yolactplus import YolactPlus
 from edgeseg.export.multibox import Objects, multibox_losses
 from edgeseg.export.recipe import Recipe
 from edgeseg.export.torchengine import TorchEngine
@@ -80,7 +81,8 @@ class InstanceTraining(TrainingTask[Truth]):
         network = create(
             recipe.model, len(self.classes) + 1, auxiliary_heads=recipe.auxiliary_heads
         )
-        if not isinstance(network, Yolact):
+        # The part of YOLACT++ that judges masks learns from masks that were found, after the rest.
+        if not isinstance(network, Yolact) or isinstance(network, YolactPlus):
             raise RequestError(
                 f"EdgeSeg trains YOLACT and semantic networks, and {recipe.model} is neither; "
                 "train it where it comes from and export its checkpoint"
@@ -88,9 +90,9 @@ class InstanceTraining(TrainingTask[Truth]):
         self.network = network
         self.batches = InstanceBatches(recipe, datasets, network.mask_size(*recipe.crop))
 
-    def losses(self, found: object, truth: Truth, device: torch.device) -> dict[str, Tensor]:
+    def losses(self, found: object, batch: Batch[Truth], device: torch.device) -> dict[str, Tensor]:
         """See ``TrainingTask.losses``: the parts of ``multibox_losses``."""
-        return multibox_losses(found, [objects.to(device) for objects in truth])  # type: ignore[arg-type]
+        return multibox_losses(found, [objects.to(device) for objects in batch.truth])  # type: ignore[arg-type]
 
     def scores(self, network: Network, limit: int | None) -> list[Score]:
         """See ``TrainingTask.scores``: mask AP, or box AP where the data have no masks."""

@@ -173,7 +173,7 @@ def _network(
 ) -> tuple[SemanticNetwork | InstanceNetwork, str, Path | None]:
     """The network with its weights, its architecture, and the file they came from, if any."""
     if is_own(request.model):
-        return _own_network(request)
+        return own_network(request)
     if request.own != OwnOptions():
         raise RequestError(
             f"{request.model} has its own normalisation and outputs; mean, std, channel order, "
@@ -231,7 +231,7 @@ def read_network(
     return network, architecture, path
 
 
-def _own_network(request: ExportRequest) -> tuple[OwnNetwork, str, Path | None]:
+def own_network(request: ExportRequest) -> tuple[OwnNetwork, str, Path | None]:
     """``_network`` for a model that is not EdgeSeg's."""
     model, options = request.model, request.own
     is_file, is_folder = model.endswith(".onnx"), model.startswith(TRANSFORMERS_PREFIX)

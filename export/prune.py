@@ -1,8 +1,8 @@
 """Pruning: whole channels out of a network, until it costs what it may.
 
 The bundles of channels that go together are found by `edgeseg.export.couplings`, scored by
-`edgeseg.export.importance`, and taken out of all layers at once, the lowest score first, in steps
-that leave widths that hardware likes.
+`edgeseg.export.importance`, and taken out of all layers at once, those first that cost most for
+what they give, in chunks that leave widths that hardware likes.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgeseg.errors import RequestError
-from edgeseg.export.couplings import Coupling, find_couplings, remove_channels
+from edgeseg.export.couplings import Coupling, Side, find_couplings, remove_channels
 from edgeseg.export.importance import Importance
 from edgeseg.export.models.network import Network
 from edgeseg.export.structure import (
@@ -173,7 +172,7 @@ def prune(
         )
     for step in range(1, steps + 1):
         goal = began + (least - began) * step / steps
-        plan = _Plan.of(network, positions, importance, rules)
+        plan = _Plan.of(network, meter, importance, rules)
         if step == 1:
             _check_reachable(plan, meter, least)
         chunks = plan.chunks_for(goal, meter)
@@ -189,7 +188,7 @@ def prune(
 
 
 @torch.no_grad()
-def recalibrate(network: nn.Module, inputs: Iterable[Tensor]) -> None:
+def recalibrate(network: nn.Module, inputs: Sequence[Tensor]) -> None:
     """Sets the means and variances of all batch norms to those of ``inputs``, in place.
 
     After pruning they are others, and this alone gives much of the accuracy back (Li et al.,
@@ -198,9 +197,9 @@ def recalibrate(network: nn.Module, inputs: Iterable[Tensor]) -> None:
     see one value per picture; RequestError for less.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    given = iter(inputs)
-    first = next(given, None)
-    if first is None or not norms:
+    if any(len(x) < 2 for x in inputs):
+        raise RequestError("batch norms are calibrated with batches of 2 or more, and 1 came")
+    if not inputs:
         return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -209,9 +208,7 @@ def recalibrate(network: nn.Module, inputs: Iterable[Tensor]) -> None:
         norm.momentum = None
         norm.train()
     try:
-        for x in chain([first], given):
-            if len(x) < 2:
-                raise RequestError("batch norms are calibrated with batches of 2, and 1 came")
+        for x in inputs:
             outputs_of(network, x)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
@@ -228,8 +225,9 @@ class _Meter:
     stopwatch: Stopwatch | None
 
     def of_structure(self, structure: Mapping[str, LayerShape]) -> float:
+        """Parameters or, also where time counts, multiplications."""
         cost = total(structure, self.positions)
-        return float(cost.macs if self.target.kind == "macs" else cost.parameters)
+        return float(cost.parameters if self.target.kind == "parameters" else cost.macs)
 
     def of_network(self, network: Network) -> float:
         if self.target.kind == "milliseconds":
@@ -256,23 +254,30 @@ class _Plan:
     chunks: tuple[_Chunk, ...]
 
     @classmethod
-    def of(
-        cls,
-        network: Network,
-        positions: Mapping[str, int],
-        importance: Importance,
-        rules: Rules,
-    ) -> _Plan:
+    def of(cls, network: Network, meter: _Meter, importance: Importance, rules: Rules) -> _Plan:
+        """What goes first is what costs most for what it gives.
+
+        A chunk's rank is the share that it has in the importance of what is left of its coupling,
+        over what its going saves; so the last channels of a layer are dear, whatever it costs. What
+        saves nothing, such as channels inside training heads, stays.
+        """
         couplings = find_couplings(network, protect=rules.protect).items
-        scored: list[tuple[float, _Chunk]] = []
+        ranked: list[tuple[float, _Chunk]] = []
         for index, scores in enumerate(importance(network, couplings)):
-            scored.extend(
-                (float(scores[rows].mean()), _Chunk(index, rows)) for rows in _cut(scores, rules)
-            )
-        # Within a coupling scores ascend, and equal ones stay in order: a chunk never goes before
-        # another that makes room for it.
-        scored.sort(key=lambda pair: pair[0])
-        return cls(network, positions, couplings, tuple(chunk for _, chunk in scored))
+            saved = _saving(network, couplings[index], meter)
+            if saved <= 0 or np.isnan(scores).any():
+                continue
+            left = float(scores.sum())
+            rank = 0.0
+            for rows in _cut(scores, rules):
+                lost = float(scores[rows].sum())
+                # Ranks ascend within a coupling, and equal ones stay in order: a chunk never goes
+                # before another that makes room for it.
+                rank = max(rank, lost / left / (saved * len(rows)) if left > 0 else 0.0)
+                ranked.append((rank, _Chunk(index, rows)))
+                left -= lost
+        ranked.sort(key=lambda pair: pair[0])
+        return cls(network, meter.positions, couplings, tuple(chunk for _, chunk in ranked))
 
     def removed(self, count: int) -> list[NDArray[np.int64]]:
         """Bundles of each coupling that the first ``count`` chunks hold."""
@@ -283,21 +288,8 @@ class _Plan:
 
     def structure(self, count: int) -> dict[str, LayerShape]:
         """Every layer's channels without the first ``count`` chunks."""
-        gone: dict[tuple[str, str], int] = {}
-        for coupling, rows in zip(self.couplings, self.removed(count), strict=True):
-            for side, channels in coupling.members.items():
-                gone[side] = gone.get(side, 0) + len(rows) * channels.shape[1]
-        found = {}
-        for name, shape in structure_of(self.network).items():
-            inputs = shape.in_channels - gone.get((name, "in"), 0)
-            found[name] = LayerShape(
-                shape.out_channels - gone.get((name, "out"), 0),
-                inputs,
-                shape.groups if shape.groups == 1 else inputs,
-                shape.kernel,
-                shape.has_bias,
-            )
-        return found
+        rows = [len(removed) for removed in self.removed(count)]
+        return _without(structure_of(self.network), zip(self.couplings, rows, strict=True))
 
     def candidate(self, count: int) -> Network:
         """A copy of the network without the first ``count`` chunks."""
@@ -331,6 +323,32 @@ class _Plan:
         macs = [total(self.structure(n), positions).macs for n in range(len(self.chunks) + 1)]
         levels = np.linspace(macs[0], macs[-1], 2**_MEASURED)
         return sorted({bisect_left(macs, -level, key=lambda each: -each) for level in levels})
+
+
+def _without(
+    structure: Mapping[str, LayerShape], gone: Iterable[tuple[Coupling, int]]
+) -> dict[str, LayerShape]:
+    """``structure`` without so many bundles of each coupling."""
+    missing: dict[Side, int] = {}
+    for coupling, count in gone:
+        for side, channels in coupling.members.items():
+            missing[side] = missing.get(side, 0) + count * channels.shape[1]
+    found = {}
+    for name, shape in structure.items():
+        inputs = shape.in_channels - missing.get((name, "in"), 0)
+        found[name] = replace(
+            shape,
+            out_channels=shape.out_channels - missing.get((name, "out"), 0),
+            in_channels=inputs,
+            groups=shape.groups if shape.groups == 1 else inputs,
+        )
+    return found
+
+
+def _saving(network: Network, coupling: Coupling, meter: _Meter) -> float:
+    """What the going of one bundle saves."""
+    before = structure_of(network)
+    return meter.of_structure(before) - meter.of_structure(_without(before, [(coupling, 1)]))
 
 
 def _cut(scores: NDArray[np.float64], rules: Rules) -> list[NDArray[np.int64]]:

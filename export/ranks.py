@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from edgeseg.errors import RequestError
 
@@ -50,6 +50,13 @@ class Ranks:
     def device(self, kind: torch.device) -> torch.device:
         """Which device of ``kind`` this process uses."""
         return torch.device("cuda", self.local) if kind.type == "cuda" else kind
+
+    def mean_gradients(self, module: nn.Module) -> None:
+        """Gives the parameters of ``module`` the mean of all processes' gradients."""
+        for parameter in module.parameters() if self.count > 1 else ():
+            if parameter.grad is not None:
+                distributed.all_reduce(parameter.grad)
+                parameter.grad /= self.count
 
     def agreed(self, value: float, device: torch.device) -> float:
         """``value`` as the leading process has it."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 
 from edgeseg.errors import RequestError
+from edgeseg.export.distillation import Distillation
 from edgeseg.export.models import definition
 from edgeseg.tomlfile import read_toml
 
@@ -54,6 +55,8 @@ class Recipe:
     ``class_weights`` raises rare classes by ``frequency ** -class_weights``, clipped to 0.5-5; a
     pixel at a distance of d pixels from a boundary counts
     ``1 + boundary_weight * exp(-d / boundary_reach)`` times. YOLACT has its own loss.
+
+    ``distillation``: how to learn from a teacher as well.
     """
 
     model: str
@@ -75,6 +78,7 @@ class Recipe:
     class_weights: float = 0.5
     boundary_weight: float = 0.0
     boundary_reach: float = 5.0
+    distillation: Distillation | None = None
     auxiliary_heads: bool = False
     mixed_precision: bool = True
     seed: int = 0
@@ -147,6 +151,10 @@ class Recipe:
             for key in ("crop", "scale"):
                 if key in values:
                     values[key] = tuple(values[key])
+            if "distillation" in values:
+                table = dict(values["distillation"])
+                table["layers"] = tuple(tuple(pair) for pair in table.get("layers", ()))
+                values["distillation"] = Distillation(**table)
             return cls(sources=sources or own, **values)
         except TypeError as error:
             raise RequestError(f"the recipe {path} does not fit: {error}") from error

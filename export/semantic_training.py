@@ -100,10 +100,14 @@ class SemanticTraining(TrainingTask[SemanticTruth]):
         self.batches = SemanticBatches(recipe, datasets)
 
     def losses(
-        self, found: Tensor | tuple[Tensor, ...], truth: SemanticTruth, device: torch.device
+        self,
+        found: Tensor | tuple[Tensor, ...],
+        batch: Batch[SemanticTruth],
+        device: torch.device,
     ) -> dict[str, Tensor]:
         """See ``TrainingTask.losses``: "main", and one part for each head of training."""
         heads = found if isinstance(found, tuple) else (found,)
+        truth = batch.truth
         labels = truth.labels.to(device).long()
         weights = None if truth.weights is None else truth.weights.to(device)
         names = ("main", *(f"head {index}" for index in range(1, len(heads))))

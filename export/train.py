@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import cv2
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from edgeseg.errors import DataError, RequestError, WeightsError
@@ -27,10 +27,12 @@ from edgeseg.export.models.network import Network
 from edgeseg.export.ranks import Ranks, chosen_device
 from edgeseg.export.recipe import Recipe
 from edgeseg.export.semantic_training import SemanticTraining
-from edgeseg.export.training_task import Batch, Batches, TrainingTask
+from edgeseg.export.training_task import Batch, Batches, TrainingTask, network_input
 from edgeseg.export.trainlog import TrainLog
 from edgeseg.export.weights import load_weights, save_checkpoint, save_weights
-from edgeseg.spec import Preprocessing
+
+if TYPE_CHECKING:
+    from edgeseg.export.distill import Teacher
 
 __all__ = ["train"]
 
@@ -83,6 +85,7 @@ def train(
     output: str | os.PathLike[str],
     *,
     start: str | os.PathLike[str] | None = None,
+    teacher: Teacher | None = None,
     validate: tuple[tuple[str, str], ...] = (),
     validate_every: int = 500,
     save_every: int = 100,
@@ -95,7 +98,8 @@ def train(
 ) -> Path:
     """Trains ``recipe`` and writes a checkpoint to ``output``; returns its path.
 
-    ``start``: a checkpoint to begin from. ``validate``: (URI, split) pairs that are evaluated
+    ``start``: a checkpoint to begin from. ``teacher``: what the recipe's distillation learns from;
+    one does not go without the other. ``validate``: (URI, split) pairs that are evaluated
     every ``validate_every`` steps, on 40 pictures each, and at the end on all; the network that was
     best on the first of them is kept as ``NAME.best.pt`` beside ``output`` ``NAME.pt``.
     ``minutes``: stop, and let the learning rate reach zero, by then; the number of steps is
@@ -115,11 +119,16 @@ def train(
     """
     output = Path(output)
     kind = chosen_device(device)
+    if (teacher is None) != (recipe.distillation is None):
+        raise RequestError(
+            "a teacher and a recipe with a table [distillation] go together; "
+            + ("there is no teacher" if teacher is None else "the recipe has none")
+        )
     _check_writable(output)
     if workers is None:
         workers = 1 if kind.type == "cpu" else max(min((os.cpu_count() or 2) - 1, 8), 1)
     with Ranks.joined(kind) as ranks:
-        run = _Run(recipe, output, start, validate, ranks.device(kind), ranks)
+        run = _Run(recipe, output, start, teacher, validate, ranks.device(kind), ranks)
         lead = ranks.leads
         run.train(
             validate_every=validate_every,
@@ -145,6 +154,7 @@ class _Run:
         recipe: Recipe,
         output: Path,
         start: str | os.PathLike[str] | None,
+        teacher: Teacher | None,
         validate: tuple[tuple[str, str], ...],
         device: torch.device,
         ranks: Ranks,
@@ -164,13 +174,20 @@ class _Run:
         self._network = self._task.network
         if start is not None:
             load_weights(self._network, start)
+        if recipe.distillation is not None and teacher is not None:
+            # Training alone does without the onnx package.
+            from edgeseg.export.distill import DistilledTask
+
+            self._task = DistilledTask(self._task, teacher, recipe.distillation)
         # In place. torch's stubs leave this argument out, and the next function untyped.
         self._network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._decay = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average)  # type: ignore[no-untyped-call]
         self._average = torch.optim.swa_utils.AveragedModel(
             self._network, multi_avg_fn=self._decay, use_buffers=True
         )
-        self._optimizer = _optimizer(self._network, recipe)
+        companions = self._task.companions
+        self._companions = nn.Module() if companions is None else companions.to(device)
+        self._optimizer = _optimizer(self._network, self._companions, recipe)
         self._type = _precision(recipe, device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._type == torch.float16)
         self._first = 0
@@ -187,6 +204,7 @@ class _Run:
             )
         self._network.load_state_dict(state["network"])
         self._average.load_state_dict(state["average"])
+        self._companions.load_state_dict(state["companions"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self._first, self._spent = int(state["step"]), float(state["seconds"])
@@ -270,7 +288,7 @@ class _Run:
             torch.manual_seed(
                 (recipe.seed * 1_000_003 + number) * self._ranks.count + self._ranks.rank
             )
-            x = _network_input(batch.images.to(self._device), self._preprocessing)
+            x = network_input(batch.images.to(self._device), self._preprocessing)
             last = turn + 1 == recipe.accumulate
             with contextlib.nullcontext() if last else _unsynchronised(student):
                 with torch.autocast(
@@ -279,7 +297,7 @@ class _Run:
                     enabled=self._type is not None,
                 ):
                     heads = student(x)
-                losses = self._task.losses(heads, batch.truth, self._device)
+                losses = self._task.losses(heads, batch, self._device)
                 loss = torch.stack(list(losses.values())).sum() / recipe.accumulate
                 values = [float(part) for part in torch.stack([*losses.values()]).tolist()]
                 if not all(map(math.isfinite, values)):
@@ -287,6 +305,7 @@ class _Run:
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             for name, value in zip(losses, values, strict=True):
                 found[name] = found.get(name, 0.0) + value / recipe.accumulate
+        self._ranks.mean_gradients(self._companions)
         self._scaler.unscale_(self._optimizer)
         nn.utils.clip_grad_norm_(self._network.parameters(), 5.0)
         self._scaler.step(self._optimizer)
@@ -339,6 +358,7 @@ class _Run:
             "recipe": self._description(),
             "network": self._network.state_dict(),
             "average": self._average.state_dict(),
+            "companions": self._companions.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "step": step,
@@ -371,21 +391,13 @@ def _precision(recipe: Recipe, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16
 
 
-def _optimizer(network: Network, recipe: Recipe) -> torch.optim.Optimizer:
+def _optimizer(network: Network, companions: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     groups = _parameter_groups(network, recipe)
+    if any(True for _ in companions.parameters()):
+        groups.append({"params": list(companions.parameters()), "weight_decay": 0.0})
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9)
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
-
-
-def _network_input(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """(N, H, W, 3) uint8 BGR -> (N, 3, H, W) float32, normalised as the network expects."""
-    x = images.permute(0, 3, 1, 2).float().div_(255)
-    if preprocessing.order == "rgb":
-        x = x.flip(1)
-    mean = torch.tensor(preprocessing.mean, device=x.device).view(1, 3, 1, 1)
-    std = torch.tensor(preprocessing.std, device=x.device).view(1, 3, 1, 1)
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def _check_writable(output: Path) -> None:

@@ -67,6 +67,7 @@ class YolactPlus(Yolact):
     smallest: ClassVar[int] = 249
     # The first with DeformConv.
     opset: ClassVar[int] = 19
+    prunable: ClassVar[bool] = False
     boxes: ClassVar[Priors] = Priors(scales=(1.0, 2 ** (1 / 3), 2 ** (2 / 3)))
 
     def __init__(

@@ -178,7 +178,8 @@ class SmallYolact:
     def coco(self, folder: Path, count: int = 6, classes: Sequence[str] = SPEC.classes) -> str:
         """The URI of a data set of ``count`` frames, split "val", with what the bundle finds."""
         self.frames(folder / "val", count, 0)
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         engine = open_engine(Bundle.open(self.folder), "onnxruntime", threads=1)
         for number in range(count):
             pixels = picture(number)

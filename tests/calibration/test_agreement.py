@@ -85,7 +85,7 @@ def test_the_same_outputs_agree_whatever_they_are() -> None:
                 strict=True,
             )
         ]  # fmt: skip
-        found = outputs(instances)  # type: ignore[arg-type]
+        found = outputs(instances)
         assert agreement_of(found, found).same == agreement_of(found, found).total
         assert sorted(partners(found, found)) == [(row, row) for row in range(count)]
 

@@ -385,8 +385,10 @@ def test_figures_are_the_inputs(full: QuantizationReport, full_page: page.Report
         "reformats in TensorRT": (str(full.placement.reformats), "none avoidable"),
     }
     assert full.accuracy is not None
+    fp32, _ = full.accuracy
+    assert isinstance(fp32, Evaluation)
     rows = tables(made)["class"]
-    for row, (name, share) in zip(rows, full.accuracy[0].per_class.items(), strict=False):
+    for row, (name, share) in zip(rows, fp32.per_class.items(), strict=False):
         assert row["class"] == name.replace("_", " ")
         assert row["fp32, %"] == f"{(share or 0) * 100:.2f}"
     assert (rows[0]["INT8, %"], rows[0]["points"]) == ("absent", "")
@@ -459,11 +461,13 @@ def test_nothing_is_missing_without_labels_and_measurements(
 
 def test_no_labels_in_the_data(full: QuantizationReport) -> None:
     assert full.accuracy is not None
+    fp32, _ = full.accuracy
+    assert isinstance(fp32, Evaluation)
     empty = replace(
-        full.accuracy[0],
+        fp32,
         miou=math.nan,
         pixel_accuracy=math.nan,
-        per_class=dict.fromkeys(full.accuracy[0].per_class),
+        per_class=dict.fromkeys(fp32.per_class),
     )
     made = replace(plain(full), accuracy=(empty, empty)).report()
     assert figures(made)["mIoU in INT8"] == ("–", "the pictures have no labels")
@@ -523,6 +527,7 @@ def test_the_worst_labelled_frames_are_shown(
     engine = open_engine(full.quantized, "onnxruntime", threads=1, check=False)
     for index in range(24):
         sample = full.dataset.sample(index * 30 // 24)
+        assert isinstance(sample, Sample)
         losses[sample.name] = 100 * float(
             np.mean(engine.run(sample.pixels).class_map != sample.labels)
         )

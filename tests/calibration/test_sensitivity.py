@@ -172,6 +172,13 @@ def test_labels_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
         made.search(1.0)
 
 
+def test_instances_lose_points_of_ap_and_are_not_trained() -> None:
+    made = Bench({"a": 3.0, "b": 3.0}, figure_name="AP")
+    with pytest.raises(CalibrationError, match="within 1 points of AP was found") as refusal:
+        made.search(1.0)
+    assert str(refusal.value).endswith("or give more calibration frames")
+
+
 def test_damages_are_of_each_layer_alone() -> None:
     made = Bench({"a": 3.0, "b": 2.0, "c": 0.0})
     assert [(each.layer, each.damage) for each in damages(cast(Laboratory, made))] == [

@@ -105,7 +105,9 @@ def test_streams_with_a_step(run: Run, tmp_path: Path) -> None:
     written = sorted(folder.rglob("*.png"))
     with edgeseg.load("streets") as model, edgeseg.load("streets", postprocessing="refine") as more:
         assert str(more.postprocessing) == "refine"
-        for plain, refined in zip(model.stream(source), more.stream(source), strict=True):
+        pairs = list(zip(list(model.stream(source)), list(more.stream(source)), strict=True))
+        assert len(pairs) == 2
+        for plain, refined in pairs:
             assert isinstance(plain, SemanticResult) and isinstance(refined, SemanticResult)
             assert (plain.class_map != refined.class_map).any()
             maps = [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in written]

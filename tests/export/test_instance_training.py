@@ -194,8 +194,9 @@ def test_data_sets_with_different_classes_do_not_mix(
         train(recipe, tmp_path / "model.pt", workers=0)
 
 
-def test_mask_rcnn_is_trained_elsewhere() -> None:
-    recipe = replace(RECIPE, model="maskrcnn_resnet50_fpn")
+@pytest.mark.parametrize("name", ["maskrcnn_resnet50_fpn", "yolact_plus_resnet50"])
+def test_two_stage_networks_and_yolact_plus_plus_are_trained_elsewhere(name: str) -> None:
+    recipe = replace(RECIPE, model=name)
     with pytest.raises(RequestError, match="trains YOLACT and semantic networks"):
         InstanceTraining(recipe, ())
 

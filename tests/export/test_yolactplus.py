@@ -303,8 +303,8 @@ def test_the_graph_is_standard_static_and_suits_tensorrt(exported: tuple[SmallPl
         assert node.op_type not in ("NonZero", "Loop", "If", "NonMaxSuppression")
         if node.op_type == "TopK":
             assert shapes[node.output[0]][-1] <= 3840
-        if not node.domain and node.op_type != "Cast":
-            assert all(min(shapes[output], default=1) > 0 for output in node.output)
+        for output in node.output:
+            assert min(shapes.get(output, [1]), default=1) > 0
     # What the device knows of sizes reaches through the deformable convolutions.
     sizes = Graph.read(exported[1].read_bytes()).shapes
     assert sizes["edgeseg.proto"] == (1, 32, 64, 66)
