@@ -156,6 +156,7 @@ def tiny_definition(
         network=cast(Any, tiny_class),
         preprocessing=DEFINITIONS["bisenetv2"].preprocessing,
         paper="none",
+        licence="none",
         checkpoints="nowhere",
     )
     monkeypatch.setitem(DEFINITIONS, "tiny", entry)
