@@ -10,10 +10,11 @@ same number of threads:
   enlarged to the frame, threshold; one byte per pixel in the end
 
 Frames lie in memory: reading a camera or a file is in neither. The network is YOLACT over ResNet-50
-with 80 classes at 550x550 (arXiv 1904.02689), its weights seeded random numbers; the classifier is
-scaled and the background's bias chosen so that some 35 instances come out of a frame, as from a
-busy street. Random masks have longer borders than those of a trained network, which is the harder
-case for EdgeSeg. INT8 is calibrated on other frames of the same streets.
+with 80 classes at 550x550 (arXiv 1904.02689), its weights seeded random numbers; the last layers
+are scaled, and the background's bias chosen, so that about 150 priors of a frame are candidates, as
+in a busy street. YOLACT then nearly always fills what it may give, here 50 instances. Random masks
+have longer borders than those of a trained network, which is the harder case for EdgeSeg. INT8 is
+calibrated on other frames of the same kind.
 
 Post-processing is what comes behind the raw heads: the head in the graph (decoding, NMS), timed by
 itself on the same engine; the assembly of the masks; the masks at frame size. Its share is of the
@@ -50,7 +51,7 @@ from rounds import (
     say,
     write_json,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from edgeseg import kernels
@@ -62,7 +63,7 @@ from edgeseg.classes import COCO
 from edgeseg.engine import Engine, available_engines, open_engine
 from edgeseg.export.instance import append_yolact_head
 from edgeseg.export.models import create, definition
-from edgeseg.export.models.yolact import Yolact, selected
+from edgeseg.export.models.yolact import Yolact
 from edgeseg.export.onnx import export_network
 from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
@@ -76,10 +77,10 @@ ARCHITECTURE = "yolact_resnet50"
 PACKAGES = ("edgeseg", "openvino", "onnxruntime", "torch", "opencv-python", "numpy")
 FRAME, NETWORK = (720, 1280), 550
 QUICK_FRAME, QUICK_NETWORK = (90, 160), 138
-CAPACITY = 100
-# What the classifier's logits vary by before its bias is chosen, and what comes out of a frame.
-LOGIT_SPREAD = 2.0
-WANTED_INSTANCES = 35
+CAPACITY = 50
+# What logits and box regression vary by, and how many priors the bias of the background leaves.
+LOGIT_SPREAD, LOC_SPREAD = 2.0, 0.5
+WANTED_CANDIDATES = 150
 CALIBRATION_FRAMES = 24
 OF_EAGER_TARGET = 2.0
 POST_TARGET = 0.1
@@ -125,7 +126,7 @@ def streets(size: tuple[int, int], seeds: Sequence[int]) -> list[Pixels]:
     return [Street(*size, seed=seed).frame(20).pixels for seed in seeds]
 
 
-def network_input(network: Yolact, pixels: Pixels, side: int) -> Tensor:
+def network_input(pixels: Pixels, side: int) -> Tensor:
     """(1, 3, side, side) normalised, as a user makes it."""
     preprocessing = definition(ARCHITECTURE).preprocessing
     rgb = cv2.cvtColor(cv2.resize(pixels, (side, side)), cv2.COLOR_BGR2RGB)
@@ -136,33 +137,49 @@ def network_input(network: Yolact, pixels: Pixels, side: int) -> Tensor:
 
 @torch.no_grad()
 def busy_network(frames: Sequence[Pixels], side: int) -> Yolact:
-    """YOLACT with seeded weights that finds about ``WANTED_INSTANCES`` in each of ``frames``."""
+    """YOLACT with seeded weights and about ``WANTED_CANDIDATES`` priors above its threshold.
+
+    Batch norms take their statistics from the frames, as training would have left them, and the
+    last layers are scaled to what those of a trained network give.
+    """
     torch.manual_seed(0)
     network = create(ARCHITECTURE, len(COCO.names) + 1).eval()
     assert isinstance(network, Yolact)
-    heads = [network(network_input(network, pixels, side)) for pixels in frames]
-    layer = network.prediction_layers[0].conf_layer
-    spread = torch.cat([found["conf"] for found in heads]).std(dim=(0, 1)).repeat(3)
-    gain = LOGIT_SPREAD / spread.clamp(min=1e-6)
-    layer.weight.mul_(gain[:, None, None, None])
-    layer.bias.mul_(gain)
-    width = network.num_classes
-    logits = [found["conf"][0] * gain[:width] for found in heads]
-    selection = replace(network.selection, capacity=CAPACITY)
+    inputs = torch.cat([network_input(pixels, side) for pixels in frames])
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    network.backbone.train()
+    network.backbone(inputs)
+    network.eval()
+    head, width = network.prediction_layers[0], network.num_classes
+    prototypes = network.proto_net[10]
+    heads = network(inputs)
+    for layer, spread, wanted in (
+        (head.bbox_layer, heads["loc"].std(), LOC_SPREAD),
+        (head.mask_layer, torch.atanh(heads["mask"].clamp(-0.999, 0.999)).std(), 1.0),
+        (head.conf_layer, heads["conf"].std(dim=(0, 1)).repeat(3), LOGIT_SPREAD),
+        (prototypes, heads["proto"].std(), 1.0),
+    ):
+        gain = (wanted / spread.clamp(min=1e-6)).expand(layer.weight.shape[0])
+        layer.weight.mul_(gain[:, None, None, None])
+        layer.bias.mul_(gain)
+    # Each class is as likely as any other before anything is seen.
+    head.conf_layer.bias -= network(inputs)["conf"].mean(dim=(0, 1)).repeat(3)
+    heads = network(inputs)
+    threshold = network.selection.score_threshold
 
-    def instances(bias: float) -> float:
-        counts = []
-        for found, conf in zip(heads, logits, strict=True):
-            shifted = torch.cat([conf[:, :1] + bias, conf[:, 1:]], dim=1)
-            rows, _, _ = selected(found["loc"][0], shifted, found["priors"], selection)
-            counts.append(len(rows))
-        return float(np.mean(counts))
+    def candidates(bias: float) -> float:
+        shifted = heads["conf"].clone()
+        shifted[..., 0] += bias
+        best = torch.softmax(shifted, dim=2)[..., 1:].amax(dim=2)
+        return float((best > threshold).sum()) / len(frames)
 
     low, high = 0.0, 40.0
     for _ in range(14):
         middle = (low + high) / 2
-        low, high = (middle, high) if instances(middle) > WANTED_INSTANCES else (low, middle)
-    layer.bias.view(-1, width)[:, 0] += high
+        low, high = (middle, high) if candidates(middle) > WANTED_CANDIDATES else (low, middle)
+    head.conf_layer.bias.view(-1, width)[:, 0] += low
     return network
 
 
@@ -177,7 +194,7 @@ class EagerLoop:
     @torch.inference_mode()
     def __call__(self, pixels: Pixels) -> tuple[Tensor, Tensor, Tensor, NDArray[np.bool_]]:
         """Boxes (n, 4) relative, scores, labels, and masks (n, height, width) of the frame."""
-        heads = self._network(network_input(self._network, pixels, self._side))
+        heads = self._network(network_input(pixels, self._side))
         boxes, scores, labels, coefficients = self._detections(heads)
         height, width = pixels.shape[:2]
         if not len(boxes):
@@ -208,7 +225,8 @@ class EagerLoop:
         areas = (candidates[..., 2:] - candidates[..., :2]).prod(dim=2)
         overlaps = common / (areas[:, :, None] + areas[:, None, :] - common)
         worst = overlaps.triu(diagonal=1).max(dim=1).values if ranked.shape[1] else ranked
-        alive = (worst <= chosen.iou_threshold) & (ranked > chosen.score_threshold)
+        # As YOLACT does it: a candidate is one of every class that nothing better overlaps.
+        alive = worst <= chosen.iou_threshold
         labels = torch.arange(len(ranked))[:, None].expand_as(ranked)[alive]
         rows, scores = order[alive], ranked[alive]
         best = scores.argsort(descending=True)[: chosen.capacity]
@@ -416,7 +434,7 @@ def compare(options: argparse.Namespace) -> list[Row]:
         for name in available_engines():
             head = GraphHead(network, spec, name, options.threads)
             with torch.inference_mode():
-                head.prepare(network(network_input(network, frames[0], side)))
+                head.prepare(network(network_input(frames[0], side)))
             candidates[f"{name} head"] = _head(head, options.frames)
             for precision, bundle in bundles.items():
                 engine = open_engine(bundle, name, threads=options.threads, check=False)

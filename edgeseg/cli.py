@@ -330,15 +330,17 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--size", metavar="HxW", help="network size, height first: 512x1024")
     prune.add_argument(
         "--importance",
+        default="l2",
         metavar="MEASURE",
-        help="activation, l1, l2, bn or taylor; activation with --calibration, else l2",
+        help="which channels matter: activation, l1, l2, bn or taylor",
     )
     prune.add_argument(
         "--calibration",
         action="append",
         default=[],
         metavar="URI",
-        help="frames like those the model will see, as for quantize; may be given several times",
+        help="frames like those the model will see, as for quantize; may be given several times; "
+        "the batch norms are set anew on them",
     )
     prune.add_argument("--frames", type=_count, default=32, metavar="N", help="of each at most")
     prune.add_argument(
@@ -489,8 +491,8 @@ def _add_postprocess(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--postprocess",
         metavar="A+B",
-        help="what to do after the network: refine (borders follow the picture); for instances "
-        "also mask-nms=0.6, rescore",
+        help="what to do after the network: refine (borders follow the picture), rescore "
+        "(scores count how sure the masks are; instances), or both: rescore+refine",
     )
 
 
@@ -871,7 +873,7 @@ def _eval_side_by_side(options: argparse.Namespace) -> int:
         candidates = [Candidate(options.bundle, model.engine)]
         for item in (name.strip() for name in options.compare.split(",")):
             # A folder that is called like a step is ./refine.
-            is_step = item.partition("+")[0].partition("=")[0].strip() in STEPS
+            is_step = item.partition("+")[0].strip() in STEPS
             if item in SHIPPED or (item and not is_step and Path(item).exists()):
                 other = stack.enter_context(_load(options, item))
                 candidates.append(Candidate(item, other.engine))

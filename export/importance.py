@@ -20,7 +20,7 @@ from edgeseg.export.couplings import Coupling, Side
 from edgeseg.export.models.instance import InstanceNetwork
 from edgeseg.export.models.network import Network
 from edgeseg.export.models.semantic import SemanticNetwork
-from edgeseg.export.structure import Layer, layers_of
+from edgeseg.export.structure import Layer, Weighted, layers_of
 
 __all__ = [
     "Activation",
@@ -143,7 +143,7 @@ class Activation(PerLayer):
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
 
-        def add(name: str, layer: nn.Conv2d | nn.Linear, output: Tensor) -> None:
+        def add(name: str, layer: Weighted, output: Tensor) -> None:
             answers = output.detach().transpose(0, 1).flatten(1)
             if layer.bias is not None:
                 answers = answers - layer.bias.detach()[:, None]
@@ -255,7 +255,7 @@ def own_loss(x: Tensor, seed: int) -> Loss:
     return loss
 
 
-def _weighted(network: Network) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
+def _weighted(network: Network) -> list[tuple[str, Weighted]]:
     return [
         (name, layer)
         for name, layer in layers_of(network).items()

@@ -11,7 +11,7 @@ import copy
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,16 +35,11 @@ __all__ = ["Finetune", "Pruning", "Rules", "Stopwatch", "Target", "prune", "reca
 
 #: trains a network in place between two steps; the step is 1 after the first
 Finetune = Callable[[Network, int], None]
+#: a network -> milliseconds for one picture, comparable between calls: `EngineStopwatch`
+Stopwatch = Callable[[Network], float]
 
 #: candidates that are measured until a target in milliseconds is met, besides the smallest one
 _MEASURED = 6
-
-
-class Stopwatch(Protocol):
-    """Measures how long a network takes, such as `edgeseg.export.latency.EngineStopwatch`."""
-
-    def __call__(self, network: Network) -> float:
-        """Milliseconds for one picture, comparable between calls."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +152,7 @@ def prune(
         raise RequestError(f"pruning takes 1 step or more, and {steps} came")
     if target.kind == "milliseconds" and stopwatch is None:
         raise RequestError("a target in milliseconds is measured, and no stopwatch came")
+    _check_batches(calibration)
     network.eval()
     positions = positions_of(network, size)
     before = structure_of(network)
@@ -187,6 +183,14 @@ def prune(
     return Pruning(size, before, structure_of(network), positions)
 
 
+def _check_batches(inputs: Sequence[Tensor]) -> None:
+    if any(len(x) < 2 for x in inputs):
+        raise RequestError(
+            "batch norms are calibrated with batches of 2 pictures or more, and 1 came; "
+            "give more frames"
+        )
+
+
 @torch.no_grad()
 def recalibrate(network: nn.Module, inputs: Sequence[Tensor]) -> None:
     """Sets the means and variances of all batch norms to those of ``inputs``, in place.
@@ -197,8 +201,7 @@ def recalibrate(network: nn.Module, inputs: Sequence[Tensor]) -> None:
     see one value per picture; RequestError for less.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    if any(len(x) < 2 for x in inputs):
-        raise RequestError("batch norms are calibrated with batches of 2 or more, and 1 came")
+    _check_batches(inputs)
     if not inputs:
         return
     momenta = [norm.momentum for norm in norms]

@@ -53,19 +53,18 @@ class PruneRequest:
     """What to prune, how far, and by which measure.
 
     ``model`` and ``weights``: as ``read_network`` has them. ``size``: "HxW" of the network's input;
-    None for that of the bundle, or the model's own. ``importance``: None for "activation" with
-    calibration frames, "l2" without. ``calibration``: URIs of frames (see ``open_frames``), which
-    activations, Taylor's derivatives and the batch norms are measured on, ``frames`` of each at
-    most. ``labels``: labelled pictures, split "train", for Taylor's derivatives of the cross
-    entropy; without, those of what the network itself says. ``engine``: measure milliseconds there,
-    with ``threads``.
+    None for that of the bundle, or the model's own. ``calibration``: URIs of frames (see
+    ``open_frames``), which activations, Taylor's derivatives and the batch norms are measured on,
+    ``frames`` of each at most. ``labels``: labelled pictures, split "train", for Taylor's
+    derivatives of the cross entropy; without, those of what the network itself says. ``engine``:
+    measure milliseconds there, with ``threads``.
     """
 
     model: str
     target: Target
     weights: str | None = None
     size: str | None = None
-    importance: Measure | None = None
+    importance: Measure = "l2"
     calibration: tuple[str, ...] = ()
     frames: int = 32
     labels: str | None = None
@@ -75,7 +74,7 @@ class PruneRequest:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        if self.importance is not None and self.importance not in MEASURES:
+        if self.importance not in MEASURES:
             raise RequestError(
                 f"importance is one of {', '.join(MEASURES)}, and {self.importance!r} came"
             )
@@ -91,11 +90,6 @@ class PruneRequest:
             )
         if self.labels is not None and self.importance != "taylor":
             raise RequestError("labels are read by --importance taylor alone; leave --labels out")
-
-    @property
-    def measure(self) -> Measure:
-        """The measure by name."""
-        return self.importance or ("activation" if self.calibration else "l2")
 
 
 @dataclass(frozen=True)
@@ -208,12 +202,12 @@ def _importance(
     spec: ModelSpec,
     inputs: Sequence[Tensor],
 ) -> Importance:
-    if request.measure == "activation":
+    if request.importance == "activation":
         return Activation(inputs)
-    if request.measure == "bn":
+    if request.importance == "bn":
         return BatchNormScale()
-    if request.measure in ("l1", "l2"):
-        return WeightNorm(int(request.measure[1]))
+    if request.importance in ("l1", "l2"):
+        return WeightNorm(int(request.importance[1]))
     if request.labels is None:
         return Taylor([own_loss(x, seed) for seed, x in enumerate(inputs)])
     return Taylor(_labelled(request.labels, request.frames, network, spec))

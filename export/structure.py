@@ -22,6 +22,7 @@ __all__ = [
     "Cost",
     "Layer",
     "LayerShape",
+    "Weighted",
     "fit_structure",
     "is_resizable",
     "layers_of",
@@ -35,7 +36,7 @@ __all__ = [
     "total",
 ]
 
-#: layers with weights, whose channels pruning takes away
+#: layers that compute channels from channels
 Weighted = nn.Conv2d | nn.Linear
 #: layers whose sizes follow from the number of channels
 Layer = nn.Conv2d | nn.Linear | nn.BatchNorm2d
@@ -68,11 +69,7 @@ class Cost:
 
 def layers_of(network: nn.Module) -> dict[str, Layer]:
     """Name -> layer, in the order of the state_dict."""
-    return {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d)
-    }
+    return {name: module for name, module in network.named_modules() if isinstance(module, Layer)}
 
 
 def shape_of(layer: Layer) -> LayerShape:
@@ -303,7 +300,7 @@ def _resize(layer: Layer, out_channels: int, in_channels: int) -> None:
 
 def _follow(layer: nn.Module, given: Tensor) -> None:
     """Makes a layer that nobody has widths for read what comes."""
-    assert isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d)
+    assert isinstance(layer, Layer)
     shape = shape_of(layer)
     channels = given.shape[-1] if isinstance(layer, nn.Linear) else given.shape[1]
     if channels < shape.in_channels:

@@ -21,13 +21,15 @@ def refine_borders(
     step: tuple[int, int],
     *,
     threads: int = 0,
+    flags: int = 0,
 ) -> NDArray[np.uint8]:
     """A new class map, (height, width) uint8, in which the ``uncertain`` pixels may have changed.
 
     ``class_map`` is (height, width) uint8, contiguous; ``frame`` (height, width, 3) uint8 BGR, its
     rows any distance apart; ``uncertain`` (n,) int64, contiguous, positions in the flat class map;
     ``step`` is how many rows and columns the samples that vote are apart. The rule is in
-    ``edgeseg/refine_borders.h``. ``threads`` 0 is all cores; the result does not depend on it.
+    ``edgeseg/refine_borders.h``. ``threads`` 0 is all cores, ``flags`` those of cpu/exports.h for
+    tests; the result depends on neither.
 
     Raises ``RequestError`` for arguments that don't fit, ``KernelError`` without the library.
     """
@@ -50,6 +52,7 @@ def refine_borders(
         uncertain.ctypes.data,
         len(uncertain),
         refined.ctypes.data,
+        flags,
         checked_threads(threads),
     )
     check_status("refine_borders", status)

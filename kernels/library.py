@@ -49,7 +49,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "edgeseg_pyramid_roi_align": [*[_POINTER] * 3, _INT, _POINTER, _POINTER, _INT],
     # frame, fit; image; flags, threads
     "edgeseg_fit_frame": [*[_POINTER] * 3, *[_INT] * 2],
-    # class_map; frame, its pitch; height, width, steps; positions, their count; refined; threads
+    # class_map; frame, its pitch; height, width, steps; positions, count; refined; flags, threads
     "edgeseg_refine_borders": [
         *[_POINTER] * 2,
         _LONG,
@@ -57,7 +57,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
         _POINTER,
         _LONG,
         _POINTER,
-        _INT,
+        *[_INT] * 2,
     ],
     # frame, its pitch; class_map, colours; classes; fit; opacity; drawn, its pitch; flags, threads
     "edgeseg_draw_overlay": [

@@ -24,7 +24,8 @@ def blobs(size: tuple[int, int], classes: int, seed: int) -> NDArray[np.uint8]:
     random = np.random.default_rng(seed)
     planes = random.normal(size=(classes, *size)).astype(np.float32)
     smooth = [cv2.GaussianBlur(plane, (0, 0), 3) for plane in planes]
-    return np.argmax(smooth, axis=0).astype(np.uint8)
+    labels: NDArray[np.uint8] = np.argmax(smooth, axis=0).astype(np.uint8)
+    return labels
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from edgeseg.errors import RequestError
 from edgeseg.frame import Frame
 from edgeseg.geometry import Geometry
 from edgeseg.instances import InstanceOutputs, InstanceResult
-from edgeseg.postprocess import NOTHING_MORE, Postprocessing, rescored, without_duplicates
+from edgeseg.postprocess import NOTHING_MORE, Postprocessing, rescored
 from edgeseg.result import Outputs, result_of
 from edgeseg.spec import ModelSpec, Preprocessing
 
@@ -51,14 +51,6 @@ def found(count: int, seed: int = 0, labels: int = 3) -> InstanceOutputs:
     )
 
 
-def rows(outputs: InstanceOutputs) -> list[tuple[float, int, bytes]]:
-    """Something comparable of each instance."""
-    return [
-        (float(score), int(label), mask.tobytes())
-        for score, label, mask in zip(outputs.scores, outputs.labels, outputs.masks, strict=True)
-    ]
-
-
 def test_by_default_nothing_changes() -> None:
     outputs = found(9)
     assert NOTHING_MORE.instances(outputs) is outputs
@@ -73,42 +65,6 @@ def test_by_default_nothing_changes() -> None:
     class_map = np.random.default_rng(1).integers(0, 3, (24, 32)).astype(np.uint8)
     classes = result_of(Outputs(class_map), frame, geometry, CLASSES)
     np.testing.assert_array_equal(classes.maps()["classes"], geometry.restore(class_map))
-
-
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("overlap", [0.05, 0.15, 0.9])
-def test_duplicates_go_as_in_loops(overlap: float, seed: int) -> None:
-    outputs = found(25, seed)
-    pixels = [
-        {(y, x) for y in range(12) for x in range(16) if mask[y, x] > 127} for mask in outputs.masks
-    ]
-    kept: list[int] = []
-    for index in range(25):
-        rivals = [other for other in kept if outputs.labels[other] == outputs.labels[index]]
-        overlaps = [
-            len(pixels[index] & pixels[other]) / max(len(pixels[index] | pixels[other]), 1)
-            for other in rivals
-        ]
-        if all(value <= overlap for value in overlaps):
-            kept.append(index)
-    assert overlap == 0.9 or len(kept) < 25
-    left = without_duplicates(outputs, overlap)
-    assert rows(left) == [rows(outputs)[index] for index in kept]
-    assert left.network_ns == 5
-
-
-def test_other_classes_and_empty_masks_are_no_duplicates() -> None:
-    outputs = found(2, labels=1)
-    masks = np.full((2, 12, 16), 255, np.uint8)
-    same = replace(outputs, masks=masks)
-    assert len(without_duplicates(same, 0.5).scores) == 1
-    other = replace(same, labels=np.array([0, 1], np.int32))
-    assert without_duplicates(other, 0.5) is other
-    empty = replace(same, masks=np.zeros_like(masks))
-    assert without_duplicates(empty, 0.5) is empty
-    nothing = found(0)
-    assert without_duplicates(nothing, 0.5) is nothing
-    assert len(rescored(nothing).scores) == 0
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -126,10 +82,8 @@ def test_scores_times_how_sure_the_mask_is(seed: int) -> None:
     assert (np.diff(again.scores) <= 0).all()
 
 
-def test_steps_follow_each_other() -> None:
-    outputs = found(25, 3)
-    both = Postprocessing(mask_nms=0.4, rescore=True).instances(outputs)
-    assert rows(both) == rows(rescored(without_duplicates(outputs, 0.4)))
+def test_nothing_found_has_nothing_to_rescore() -> None:
+    assert len(rescored(found(0)).scores) == 0
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -183,8 +137,7 @@ def test_refined_classes() -> None:
     ("text", "steps"),
     [
         ("refine", Postprocessing(refine=True)),
-        ("mask-nms=0.6", Postprocessing(mask_nms=0.6)),
-        ("rescore+mask-nms=0.55", Postprocessing(mask_nms=0.55, rescore=True)),
+        ("rescore", Postprocessing(rescore=True)),
         (" refine + rescore ", Postprocessing(refine=True, rescore=True)),
     ],
 )
@@ -201,16 +154,10 @@ def test_no_steps_have_a_name_for_the_table() -> None:
     ("text", "says"),
     [
         ("", "'' came"),
-        ("sharpen", "mask-nms=IOU, rescore and refine, joined by +, and 'sharpen' came"),
+        ("sharpen", "rescore and refine, joined by +, and 'sharpen' came"),
         ("refine,rescore", "joined by"),
         ("refine=1", "'refine=1' came"),
         ("refine+refine", "taken once, and refine came twice"),
-        ("mask-nms=0.5+mask-nms=0.6", "taken once"),
-        ("mask-nms", "such as mask-nms=0.6, and '' came"),
-        ("mask-nms=much", "'much' came"),
-        ("mask-nms=nan", "'nan' came"),
-        ("mask-nms=0", "above 0 and below 1, and 0 came"),
-        ("mask-nms=1.5", "above 0 and below 1, and 1.5 came"),
     ],
 )
 def test_wrong_names(text: str, says: str) -> None:
@@ -219,16 +166,9 @@ def test_wrong_names(text: str, says: str) -> None:
     assert says in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("steps", "spec", "says"),
-    [
-        (Postprocessing(mask_nms=0.5), CLASSES, "mask-nms is for instances, and classes gives"),
-        (Postprocessing(rescore=True), CLASSES, "rescore is for instances"),
-        (Postprocessing(mask_nms=0.5), replace(OBJECTS, mask_extent="box"), "span their boxes"),
-    ],
-)
-def test_steps_that_do_not_suit_the_model(
-    steps: Postprocessing, spec: ModelSpec, says: str
-) -> None:
-    with pytest.raises(RequestError, match=says):
-        steps.check(spec)
+def test_steps_that_do_not_suit_the_model() -> None:
+    with pytest.raises(RequestError, match="rescore is for instances, and classes gives"):
+        Postprocessing(rescore=True).check(CLASSES)
+    for steps in (Postprocessing(refine=True), NOTHING_MORE):
+        steps.check(CLASSES)
+        steps.check(OBJECTS)

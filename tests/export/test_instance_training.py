@@ -196,7 +196,7 @@ def test_data_sets_with_different_classes_do_not_mix(
 
 @pytest.mark.parametrize("name", ["maskrcnn_resnet50_fpn", "yolact_plus_resnet50"])
 def test_two_stage_networks_and_yolact_plus_plus_are_trained_elsewhere(name: str) -> None:
-    recipe = replace(RECIPE, model=name)
+    recipe = replace(RECIPE, model=name, crop=(256, 256))
     with pytest.raises(RequestError, match="trains YOLACT and semantic networks"):
         InstanceTraining(recipe, ())
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from edgeseg.cli import main
 from edgeseg.errors import RequestError
+from edgeseg.export import latency
 from edgeseg.export.couplings import Coupling
 from edgeseg.export.importance import WeightNorm
 from edgeseg.export.latency import EngineStopwatch
@@ -69,7 +70,7 @@ def test_cost_falls_to_the_target_and_no_further(
 def test_widths_are_multiples_or_as_they_were(multiple: int, minimum: int, lively: Lively) -> None:
     network = lively(create("bisenetv2", 4), 3)
     before = structure_of(network)
-    prune(network, Target("macs", 0.7), L2, Rules(multiple, minimum), size=SIZE)
+    prune(network, Target("macs", 0.55), L2, Rules(multiple, minimum), size=SIZE)
     changed = 0
     for name, shape in structure_of(network).items():
         width = shape.out_channels
@@ -80,7 +81,7 @@ def test_widths_are_multiples_or_as_they_were(multiple: int, minimum: int, livel
             width = shape.groups
         assert width % multiple == 0 and width >= minimum, name
         changed += 1
-    assert changed > 5
+    assert changed >= 2
 
 
 class Given:
@@ -102,7 +103,7 @@ def test_what_matters_least_goes(network: Network) -> None:
     state = copy.deepcopy(network.state_dict())
 
     def scores(coupling: Coupling) -> NDArray[np.float64]:
-        return np.isin(np.arange(8), kept) + 1.0
+        return np.where(np.isin(np.arange(8), kept), 2.0, 1.0)
 
     rules = Rules(4, 4, protect=("second",))
     found = prune(network, Target("macs", 0.9), Given(scores), rules, size=SIZE)
@@ -186,7 +187,7 @@ def test_milliseconds_are_met_by_a_network_that_was_measured(lively: Lively) -> 
         (Target("macs", 1e12), Rules(), "and a target of 1000.00 G multiplications came; take"),
         (Target("macs", 0.01), Rules(), r"^pruning can bring this network down to .* k mult"),
         (Target("parameters", 10), Rules(), r"and 10 parameters came; take a larger target"),
-        (Target("macs", 0.5), Rules(protect=("second", "first")), "down to 245.76 k"),
+        (Target("macs", 0.5), Rules(protect=("second", "first")), "down to 451.58 k"),
         (Target("macs", 0.5), Rules(protect=("third",)), "and 'third' came"),
         (Target("milliseconds", 5), Rules(), "no stopwatch came"),
     ],
@@ -239,7 +240,7 @@ def test_recalibration_is_the_mean_over_batches(network: Network) -> None:
     torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(norm.running_var.double(), variance, rtol=1e-5, atol=1e-6)
     assert norm.momentum == 0.1 and not norm.training
-    with pytest.raises(RequestError, match="batches of 2 or more, and 1 came"):
+    with pytest.raises(RequestError, match="batches of 2 pictures or more, and 1"):
         recalibrate(network, [batches[0][:1]])
 
 
@@ -322,12 +323,51 @@ def test_milliseconds_before_and_after_are_told(
     assert "1 threads" in content["engine"]
 
 
-def test_a_stopwatch_tells_a_wide_network_from_a_narrow_one(lively: Lively) -> None:
-    network = lively(create("bisenetv2", 4), 3)
-    small = copy.deepcopy(network)
-    prune(small, Target("macs", 0.15), L2, size=(192, 192))
-    with EngineStopwatch(network, (192, 192), engine="onnxruntime", threads=1) as stopwatch:
-        assert stopwatch(small) < stopwatch(network)
+class Idle:
+    """An engine that only says that it was asked."""
+
+    def __init__(self, name: str, asked: list[str]) -> None:
+        self.description = name
+        self._asked = asked
+
+    def run(self, pixels: object) -> None:
+        self._asked.append(self.description)
+
+    def close(self) -> None:
+        self._asked.append(f"closed {self.description}")
+
+
+def test_a_stopwatch_lets_networks_take_turns(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    names = iter(["reference", "candidate"])
+    clock = iter(range(0, 10**9, 1000))
+    monkeypatch.setattr(EngineStopwatch, "_opened", lambda *_: Idle(next(names), asked))
+    monkeypatch.setattr(latency, "check_engine", lambda name: None)
+    stopwatch = EngineStopwatch(network, SIZE, engine="idle")
+    # A clock that ticks once per question: each run takes one tick.
+    monkeypatch.setattr("edgeseg.export.latency.time.perf_counter_ns", lambda: next(clock))
+    stopwatch.reference_ms = 12.0
+    asked.clear()
+    assert stopwatch(network) == 12.0
+    assert asked.pop() == "closed candidate"
+    pairs = [tuple(asked[at : at + 2]) for at in range(0, len(asked), 2)]
+    first, last = ("reference", "candidate"), ("candidate", "reference")
+    assert {first, last} == set(pairs)
+    # After warming up every round has both, and begins with the one that ended the last.
+    assert pairs[3:] == [last, first] * (len(pairs[3:]) // 2) + [last] * (len(pairs[3:]) % 2)
+
+
+def test_milliseconds_are_the_reference_times_the_ratio(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([[[10.0, 11.0, 50.0]], [[20.0, 40.0, 22.0], [10.0, 30.0, 5.5]]])
+    monkeypatch.setattr(EngineStopwatch, "_opened", lambda *_: Idle("engine", []))
+    monkeypatch.setattr(latency, "check_engine", lambda name: None)
+    monkeypatch.setattr(latency, "_times", lambda *_: next(times))
+    # The machine has become twice as slow: ratios of 0.5, 0.75 and 0.25, and 11 ms at first.
+    assert EngineStopwatch(network, SIZE, engine="idle")(network) == pytest.approx(5.5)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_activation_leaves_biases_out() -> None:
     couplings = list(find_couplings(network))
     before = Activation(pictures())(network, couplings)[0]
     with torch.no_grad():
-        network.first.bias += torch.tensor([5.0, -3.0, 0.0, 100.0])
+        network.get_parameter("first.bias").add_(torch.tensor([5.0, -3.0, 0.0, 100.0]))
     np.testing.assert_allclose(Activation(pictures())(network, couplings)[0], before, rtol=1e-4)
 
 

@@ -11,6 +11,8 @@ from edgeseg.errors import KernelError, RequestError
 
 Pixels = NDArray[np.uint8]
 
+PORTABLE_CODE, AVX2_CODE = 4, 8
+
 
 @pytest.fixture(scope="session", autouse=True)
 def library() -> None:
@@ -26,7 +28,7 @@ def by_hand(
 ) -> Pixels:
     """The rule as refine_borders.h words it, one vote after the other."""
     height, width = class_map.shape
-    refined = class_map.copy()
+    refined: Pixels = class_map.copy()
     for y, x in (divmod(int(place), width) for place in uncertain):
         votes: dict[int, int] = {}
         for i in range(-3, 4):
@@ -46,7 +48,7 @@ def by_hand(
 
 
 @pytest.mark.parametrize("step", [(1, 1), (3, 3), (2, 5), (40, 40)])
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (13, 1), (7, 8), (21, 34)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (13, 1), (7, 8), (19, 75)])
 @pytest.mark.parametrize(("classes", "levels"), [(2, 8), (256, 40), (5, 256)])
 def test_rule(size: tuple[int, int], step: tuple[int, int], classes: int, levels: int) -> None:
     random = np.random.default_rng(size[0] * 100 + size[1] + step[1])
@@ -55,7 +57,12 @@ def test_rule(size: tuple[int, int], step: tuple[int, int], classes: int, levels
     frame = (random.integers(0, levels, (*size, 3)) * (255 // levels or 1)).astype(np.uint8)
     uncertain = np.flatnonzero(random.random(size) < 0.6)
     expected = by_hand(class_map, frame, uncertain, step)
-    found = kernels.refine_borders(class_map, frame, uncertain, step)
+    for flags in (0, PORTABLE_CODE, AVX2_CODE):
+        found = kernels.refine_borders(class_map, frame, uncertain, step, flags=flags)
+        np.testing.assert_array_equal(found, expected)
+    # In any order, and some twice.
+    shuffled = random.permutation(np.concatenate([uncertain, uncertain[::3]]))
+    found = kernels.refine_borders(class_map, frame, shuffled, step)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -94,6 +101,9 @@ def test_threads_and_rows_apart_give_the_same() -> None:
     frame = wide[:, 20:120]
     uncertain = np.arange(7000)
     one = kernels.refine_borders(class_map, frame.copy(), uncertain, (3, 3), threads=1)
+    for flags in (PORTABLE_CODE, AVX2_CODE):
+        found = kernels.refine_borders(class_map, frame, uncertain, (3, 3), threads=1, flags=flags)
+        np.testing.assert_array_equal(found, one)
     for threads in (2, 7):
         found = kernels.refine_borders(class_map, frame, uncertain, (3, 3), threads=threads)
         np.testing.assert_array_equal(found, one)
@@ -127,3 +137,8 @@ def test_wrong_arguments(
         kernels.refine_borders(class_map, frame, uncertain, step)
     with pytest.raises(RequestError, match="threads must be 0"):
         kernels.refine_borders(GOOD_MAP, GOOD_FRAME, GOOD_PLACES, (1, 1), threads=-1)
+
+
+def test_flags_that_are_none() -> None:
+    with pytest.raises(KernelError, match="out of bounds"):
+        kernels.refine_borders(GOOD_MAP, GOOD_FRAME, GOOD_PLACES, (1, 1), flags=1)
