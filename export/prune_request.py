@@ -128,7 +128,11 @@ def prune_checkpoint(
     find_couplings(network, protect=request.rules.protect)
     spec = bare_spec(network, size)
     frames = [open_frames(uri, spec, count=request.frames) for uri in request.calibration]
-    notes = tuple(note for each in frames for note in each.notes)
+    notes = tuple(
+        f"of {each.title} cannot be read, and were left out: {', '.join(each.skipped)}"
+        for each in frames
+        if each.skipped
+    )
     inputs = _batches(
         [network_input(pixels, spec.preprocessing) for each in frames for _, pixels in each]
     )
