@@ -44,8 +44,8 @@ INT8_AGREEMENT = 0.9
 #: of score or of overlap, may go either way between libraries; swapped channels lose nearly all.
 INSTANCE_AGREEMENT = 0.8
 
-#: The same for INT8, where rounding moves every score a little: between OpenVINO and ONNX Runtime 95
-#: to 100 % are found again. Swapped channels find up to 15 %, half the brightness up to 40 %.
+#: The same for INT8, where rounding moves every score a little: between OpenVINO and ONNX Runtime
+#: 95 to 100 % are found again. Swapped channels find up to 15 %, half the brightness up to 40 %.
 INT8_INSTANCE_AGREEMENT = 0.5
 
 # Detections that are recorded, best first: enough for a share, few enough for metadata.

@@ -196,7 +196,9 @@ def test_pastes_are_those_of_mask_rcnn(compiled: bool) -> None:
     outputs = InstanceOutputs(boxes, np.ones(count, np.float32), np.zeros(count, np.int32), levels)
     result = result_of(outputs, height, width, spec)
     assert isinstance(result, InstanceResult)
-    found = FrameMasks.of(result.frame_masks.grid, result.geometry, compiled=compiled).arrays()
+    grid = result.frame_masks.grid
+    assert grid is not None
+    found = FrameMasks.of(grid, result.geometry, compiled=compiled).arrays()
     # Levels stand for probabilities; a half is between 127 and 128.
     pasted = pasted_by_torch(levels, boxes, (height, width))
     sure = np.abs(pasted - 127.5) > 1e-3

@@ -166,7 +166,7 @@ def bootstrapped(
         else:
             kept = order[:least]
         total += losses[kept].mean() / len(logits)
-        for pixel in kept:
+        for pixel in kept.tolist():
             gradient[n, :, pixel // WIDTH, pixel % WIDTH] = slopes[pixel] / len(kept) / len(logits)
     return total, gradient
 

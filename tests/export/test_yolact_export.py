@@ -27,7 +27,6 @@ from edgeseg.export.onnx import export_network, weights_of_bundle
 from edgeseg.export.package import ExportRequest, export_bundle
 from edgeseg.export.preprocess import network_input
 from edgeseg.export.torchengine import TorchEngine
-from edgeseg.export.train import Recipe, Source
 from edgeseg.export.verify import InstanceComparison, verify
 from edgeseg.instances import InstanceOutputs
 from edgeseg.spec import ModelSpec
@@ -216,13 +215,3 @@ def test_80_classes_are_those_of_coco() -> None:
     assert class_list(80) is COCO
     assert (COCO.names[0], COCO.names[79], len(set(COCO.names))) == ("person", "toothbrush", 80)
     assert len(set(COCO.colours)) == 80
-
-
-def test_a_recipe_for_class_maps_takes_no_instance_network() -> None:
-    with pytest.raises(RequestError, match="yolact_resnet18 finds objects"):
-        Recipe(
-            model="yolact_resnet18",
-            sources=(Source("synthetic:?frames=4", share=2),),
-            crop=(64, 64),
-            steps=1,
-        )
