@@ -30,7 +30,7 @@ _MANIFEST = "bundle.json"
 _SHIPPED_FOLDER = Path(__file__).parent / "bundles"
 
 #: names of the models inside the package; they are taken wherever a bundle is
-SHIPPED: tuple[str, ...] = ("streets", "streets-int8")
+SHIPPED: tuple[str, ...] = ("streets", "streets-int8", "street-objects")
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="edgeseg",
         description="Real-time segmentation on edge devices.",
         epilog="Try `edgeseg demo` first. BUNDLE is a bundle's folder, an ONNX file made by "
-        "`edgeseg export`, or a model that ships with EdgeSeg: streets, streets-int8.",
+        "`edgeseg export`, or a model that ships with EdgeSeg: streets, streets-int8, "
+        "street-objects.",
     )
     parser.add_argument("--version", action="version", version=f"edgeseg {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

@@ -94,6 +94,15 @@ def test_example_stream() -> None:
     assert len(output.splitlines()) == 4
 
 
+def test_example_tasks(picture: Path, tmp_path: Path) -> None:
+    output = _run(EXAMPLES[3], str(picture), str(tmp_path / "drawn"))
+    assert [line.split()[0] for line in output.splitlines()] == ["semantic", "instance", "panoptic"]
+    for name in ("semantic", "instance", "panoptic"):
+        drawn = cv2.imread(str(tmp_path / "drawn" / f"{name}.jpg"))
+        assert drawn is not None
+        assert drawn.shape == (360, 480, 3)
+
+
 @pytest.mark.slow
 def test_example_export(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="the workstation side is not installed")

@@ -74,7 +74,9 @@ def test_folder_on_disk_comes_before_a_shipped_model(
 
 
 def test_missing_bundle_names_what_there_is() -> None:
-    with pytest.raises(BundleError, match=r"^there is no bundle nowhere; .*streets, streets-int8$"):
+    with pytest.raises(
+        BundleError, match=r"^there is no bundle nowhere; .*streets, streets-int8, street-objects$"
+    ):
         Bundle.open("nowhere")
 
 
