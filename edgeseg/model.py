@@ -118,7 +118,8 @@ def load(
 
     ``source``: a bundle's folder, an ONNX file made by EdgeSeg, or a model that ships with it
     (``"streets"``, ``"streets-int8"``, ``"street-objects"``). ``engine``: ``"tensorrt"``,
-    ``"openvino"`` or ``"onnxruntime"``; None chooses. TensorRT builds its plan the first time, which takes minutes.
+    ``"openvino"`` or ``"onnxruntime"``; None chooses. TensorRT builds its plan the first time,
+    which takes minutes.
     ``threads``: 0 leaves it to the library. ``compiled_head``: False upsamples inside the graph,
     None uses the compiled kernel if it is there. ``postprocessing``: steps after the network, as
     `Postprocessing` or by name, such as ``"refine"``; docs/postprocessing.md has their prices.

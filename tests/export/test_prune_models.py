@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("torch", reason="the workstation side needs torch")
 pytest.importorskip("torch_pruning", reason="pruning needs torch-pruning")
 pytest.importorskip("onnx", reason="the workstation side needs onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 
+import onnxruntime
 import torch
 from onnx import TensorProto, helper
 
@@ -60,4 +61,4 @@ def test_a_pruned_model_gives_the_same_in_onnx_runtime(name: str) -> None:
     for value, tensor in zip(values, wanted, strict=True):
         scale = float(tensor.abs().max())
         assert scale > 1e-3
-        np.testing.assert_allclose(value, tensor.numpy(), rtol=0, atol=1e-4 * scale)
+        np.testing.assert_allclose(value, tensor.numpy(), rtol=0, atol=1e-3 * scale)
