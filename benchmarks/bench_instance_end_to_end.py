@@ -74,6 +74,7 @@ from edgeseg.spec import ModelSpec
 from edgeseg.synthetic import Street
 
 ARCHITECTURE = "yolact_resnet50"
+CLASSIFIER = "prediction_layers.0.conf_layer"
 PACKAGES = ("edgeseg", "openvino", "onnxruntime", "torch", "opencv-python", "numpy")
 FRAME, NETWORK = (720, 1280), 550
 QUICK_FRAME, QUICK_NETWORK = (90, 160), 138
@@ -152,20 +153,24 @@ def busy_network(frames: Sequence[Pixels], side: int) -> Yolact:
     network.backbone.train()
     network.backbone(inputs)
     network.eval()
-    head, width = network.prediction_layers[0], network.num_classes
-    prototypes = network.proto_net[10]
     heads = network(inputs)
-    for layer, spread, wanted in (
-        (head.bbox_layer, heads["loc"].std(), LOC_SPREAD),
-        (head.mask_layer, torch.atanh(heads["mask"].clamp(-0.999, 0.999)).std(), 1.0),
-        (head.conf_layer, heads["conf"].std(dim=(0, 1)).repeat(3), LOGIT_SPREAD),
-        (prototypes, heads["proto"].std(), 1.0),
+    for name, spread, wanted in (
+        ("prediction_layers.0.bbox_layer", heads["loc"].std(), LOC_SPREAD),
+        (
+            "prediction_layers.0.mask_layer",
+            torch.atanh(heads["mask"].clamp(-0.999, 0.999)).std(),
+            1.0,
+        ),
+        (CLASSIFIER, heads["conf"].std(dim=(0, 1)).repeat(3), LOGIT_SPREAD),
+        ("proto_net.10", heads["proto"].std(), 1.0),
     ):
-        gain = (wanted / spread.clamp(min=1e-6)).expand(layer.weight.shape[0])
-        layer.weight.mul_(gain[:, None, None, None])
-        layer.bias.mul_(gain)
+        weight, bias = parameters_of(network, name)
+        gain = (wanted / spread.clamp(min=1e-6)).expand(len(bias))
+        weight.mul_(gain[:, None, None, None])
+        bias.mul_(gain)
     # Each class is as likely as any other before anything is seen.
-    head.conf_layer.bias -= network(inputs)["conf"].mean(dim=(0, 1)).repeat(3)
+    _, bias = parameters_of(network, CLASSIFIER)
+    bias.sub_(network(inputs)["conf"].mean(dim=(0, 1)).repeat(3))
     heads = network(inputs)
     threshold = network.selection.score_threshold
 
@@ -179,8 +184,14 @@ def busy_network(frames: Sequence[Pixels], side: int) -> Yolact:
     for _ in range(14):
         middle = (low + high) / 2
         low, high = (middle, high) if candidates(middle) > WANTED_CANDIDATES else (low, middle)
-    head.conf_layer.bias.view(-1, width)[:, 0] += low
+    bias.view(-1, network.num_classes)[:, 0] += low
     return network
+
+
+def parameters_of(network: Yolact, name: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution."""
+    found = dict(network.named_parameters())
+    return found[f"{name}.weight"], found[f"{name}.bias"]
 
 
 class EagerLoop:
@@ -240,7 +251,8 @@ def _cropped(masks: Tensor, boxes: Tensor) -> Tensor:
     x = torch.arange(width)[None, :, None]
     y = torch.arange(height)[:, None, None]
     inside = (x >= x1 - 1) & (x < x2 + 1) & (y >= y1 - 1) & (y < y2 + 1)
-    return (masks * inside).permute(2, 0, 1)
+    cropped: Tensor = masks * inside
+    return cropped.permute(2, 0, 1)
 
 
 def spec_for(network: Yolact, side: int) -> ModelSpec:
