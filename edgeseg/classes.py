@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CAMVID", "CITYSCAPES", "COCO", "ClassList", "class_list"]
+__all__ = ["CAMVID", "CITYSCAPES", "COCO", "ClassList", "class_list", "named_classes"]
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,17 @@ COCO = ClassList(
     colours=tuple(_spread_colour(index) for index in range(1, len(_COCO_NAMES) + 1)),
     ignore=255,
 )
+
+
+def named_classes(names: tuple[str, ...]) -> ClassList:
+    """The classes ``names``, in the colours of the first known list that has all of them."""
+    colours = class_list(len(names)).colours
+    for known in (CAMVID, CITYSCAPES, COCO):
+        by_name = dict(zip(known.names, known.colours, strict=True))
+        if all(name in by_name for name in names):
+            colours = tuple(by_name[name] for name in names)
+            break
+    return ClassList("given", names, colours, ignore=class_list(len(names)).ignore)
 
 
 def class_list(num_classes: int) -> ClassList:

@@ -300,18 +300,23 @@ class InstanceResult:
             for name, count in zip(self.spec.classes, covered, strict=True)
         }
 
-    def draw(self, *, opacity: float = 0.5, legend: bool = True) -> Pixels:
+    def draw(
+        self, *, opacity: float = 0.5, legend: bool = True, least_score: float = 0.3
+    ) -> Pixels:
         """The frame with its instances over it, BGR; a new array.
 
         Masks in the colours of their classes with ``opacity`` (0 leaves them out, 1 hides what is
-        below), boxes around them, and with ``legend`` name and score at each box.
+        below), boxes around them, and with ``legend`` name and score at each box. Instances with a
+        lower score than ``least_score`` are not drawn: a network gives many of which it is not
+        sure, for whoever wants to choose.
         """
+        shown = np.flatnonzero(self.scores >= least_score)
         return draw_instances(
             self.frame.pixels,
-            windows=[self.frame_masks.window(index) for index in range(len(self))],
-            boxes=self.boxes,
-            labels=self.labels,
-            scores=self.scores,
+            windows=[self.frame_masks.window(index) for index in shown.tolist()],
+            boxes=self.boxes[shown],
+            labels=self.labels[shown],
+            scores=self.scores[shown],
             names=self.spec.classes,
             colours=self.spec.colours,
             opacity=opacity,

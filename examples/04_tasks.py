@@ -13,7 +13,9 @@ from pathlib import Path
 import cv2
 
 import edgeseg
+from edgeseg.instances import InstanceResult
 from edgeseg.panoptic import PanopticResult
+from edgeseg.result import SemanticResult
 from edgeseg.synthetic import Street
 
 
@@ -22,19 +24,23 @@ def main(picture: str, folder: str) -> None:
     if picture == "synthetic:":
         frame = Street(480, 640, seed=3_000_007).frame(60).pixels
     else:
-        frame = cv2.imread(picture)
-        if frame is None:
+        read = cv2.imread(picture)
+        if read is None:
             sys.exit(f"{picture} is no picture that OpenCV can read")
+        frame = read.astype("uint8", copy=False)
     with edgeseg.load("streets") as classes, edgeseg.load("street-objects") as objects:
         semantic, instances = classes(frame), objects(frame)
+    if not isinstance(semantic, SemanticResult) or not isinstance(instances, InstanceResult):
+        raise TypeError("streets gives classes of pixels and street-objects instances")
     panoptic = PanopticResult.fuse(semantic, instances)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, result in (
+    results: tuple[tuple[str, SemanticResult | InstanceResult | PanopticResult], ...] = (
         ("semantic", semantic),
         ("instance", instances),
         ("panoptic", panoptic),
-    ):
-        print(f"{name:<9} {result.summary()}")
+    )
+    for name, result in results:
+        print(f"{name:<9} {result.summary}")
         cv2.imwrite(f"{folder}/{name}.jpg", result.draw(), [cv2.IMWRITE_JPEG_QUALITY, 85])
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from edgeseg import __version__
 from edgeseg.bundle import SHIPPED, Bundle, new_bundle, tool_versions, write_manifest
-from edgeseg.classes import ClassList, class_list
+from edgeseg.classes import ClassList, class_list, named_classes
 from edgeseg.dataset import Dataset, open_dataset
 from edgeseg.draw import draw_classes
 from edgeseg.engine import cpu_engine, open_engine
@@ -346,7 +346,7 @@ def _spec(
                 f"the checkpoint has {network.named_classes} classes{background}, "
                 f"and {len(request.classes)} names came"
             )
-        classes = ClassList("given", request.classes, classes.colours, classes.ignore)
+        classes = named_classes(request.classes)
     if isinstance(network, OwnNetwork):
         height, width = network.size
     elif request.size is not None:
