@@ -155,7 +155,7 @@ def test_another_number_in_the_graph_is_found(
     network, path = exported
     proto = onnx.load(path)
     (tensor,) = (t for t in proto.graph.initializer if t.name == f"edgeseg.head.{constant}")
-    changed = numpy_helper.to_array(tensor) * np.float32(1.5 if constant != "threshold" else 8)
+    changed = numpy_helper.to_array(tensor) * np.float32(1.5 if constant != "threshold" else 19)
     tensor.CopyFrom(numpy_helper.from_array(changed, tensor.name))
     onnx.save(proto, tmp_path / "tampered.onnx")
     with pytest.raises(EngineError, match=r"(?i)openvino|onnx ?runtime"):
