@@ -29,7 +29,12 @@ from edgeseg.export.recipe import Recipe
 from edgeseg.export.semantic_training import SemanticTraining
 from edgeseg.export.training_task import Batch, Batches, TrainingTask, network_input
 from edgeseg.export.trainlog import TrainLog
-from edgeseg.export.weights import load_weights, save_checkpoint, save_weights
+from edgeseg.export.weights import (
+    check_writable,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+)
 
 if TYPE_CHECKING:
     from edgeseg.export.distill import Teacher
@@ -124,7 +129,7 @@ def train(
             "a teacher and a recipe with a table [distillation] go together; "
             + ("there is no teacher" if teacher is None else "the recipe has none")
         )
-    _check_writable(output)
+    check_writable(output)
     if workers is None:
         workers = 1 if kind.type == "cpu" else max(min((os.cpu_count() or 2) - 1, 8), 1)
     with Ranks.joined(kind) as ranks:
@@ -398,19 +403,6 @@ def _optimizer(network: Network, companions: nn.Module, recipe: Recipe) -> torch
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9)
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
-
-
-def _check_writable(output: Path) -> None:
-    """Makes the folder of ``output``; WeightsError when no file can be written there."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WeightsError(
-            f"the checkpoint {output} cannot be written ({error.strerror})"
-        ) from error
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
-        what = "it is a folder" if output.is_dir() else f"{output.parent} is no writable folder"
-        raise WeightsError(f"the checkpoint {output} cannot be written: {what}")
 
 
 def _parameter_groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:

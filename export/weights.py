@@ -158,7 +158,10 @@ def save_weights(model: Network, path: str | os.PathLike[str]) -> None:
 
 
 def save_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes ``content`` with torch.save, whole or not at all; WeightsError if not."""
+    """Writes ``content`` with torch.save, whole or not at all; WeightsError if not.
+
+    Folders that are missing are made.
+    """
     path = Path(path)
     beside = path.with_name(path.name + ".part")
     try:

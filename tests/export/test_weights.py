@@ -273,7 +273,12 @@ def test_a_failed_save_leaves_the_old_file(
     }
 
 
-@pytest.mark.parametrize("place", ["nowhere/saved.pt", "folder", "file/saved.pt"])
+def test_a_folder_that_is_not_there_is_made(network: SemanticNetwork, tmp_path: Path) -> None:
+    save_weights(network, tmp_path / "new" / "folder" / "saved.pt")
+    assert read_weights(tmp_path / "new" / "folder" / "saved.pt")
+
+
+@pytest.mark.parametrize("place", ["folder", "file/saved.pt"])
 def test_an_output_that_cannot_be_written(
     network: SemanticNetwork, place: str, tmp_path: Path
 ) -> None:
