@@ -241,6 +241,9 @@ class _Reader:
         for output in node.outputs:
             if element_type is not None:
                 self._types[output] = element_type
+        # Where the values were, which both give beside the values.
+        if node.op_type in ("TopK", "MaxPool") and not node.domain and len(node.outputs) > 1:
+            self._types[node.outputs[1]] = _INT64
         if not node.outputs:
             return
         if node.op_type == "Constant" and node.constant is not None:
