@@ -44,7 +44,28 @@ def check(content: bytes) -> Graph:
     return graph
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+def test_the_network_of_a_shipped_instance_model_is_known() -> None:
+    bundle = Bundle.open("street-objects")
+    content = bundle.model.inlined()
+    graph = Graph.read(content)
+    known = inferred(content)
+    for name, shape in graph.shapes.items():
+        if name in known:
+            assert shape == known[name][1], name
+    for name, element_type in graph.types.items():
+        if name in known:
+            assert element_type == known[name][0], name
+    # The network is known to the last tensor, and what decides on instances as far as it is needed.
+    unknown = {output for node in graph.nodes for output in node.outputs} - set(graph.shapes)
+    layers = {output for node in graph.nodes if node.op_type == "Conv" for output in node.outputs}
+    assert len(layers) > 40 and not layers & unknown
+    model = onnx.load_from_string(content)
+    arrays = [onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
+    assert graph.weight_bytes == sum(array.nbytes for array in arrays)
+    assert set(graph.precisions().values()) == {"fp32"}
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("streets")])
 def test_shipped_models_are_known_to_the_last_tensor(name: str) -> None:
     bundle = Bundle.open(name)
     graph = check(bundle.model.inlined())
