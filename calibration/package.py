@@ -170,7 +170,9 @@ class Quantized:
         if not self.heads:
             lines.append(f"{self.agreement:.2%} of pixels have the class that fp32 gives them")
         elif not math.isnan(self.agreement):
-            lines.append(f"{self.agreement:.2%} of the instances are found by both, before and after")
+            lines.append(
+                f"{self.agreement:.2%} of the instances are found by both, before and after"
+            )
         if self.heads:
             worst = max(self.heads, key=lambda name: self.heads[name])
             lines.append(f"the raw heads are off by {self.heads[worst]:.2%} at most ({worst})")
