@@ -14,8 +14,8 @@ with 80 classes at 550x550 (arXiv 1904.02689), its weights seeded random numbers
 are scaled, and the background's bias chosen, so that about 150 priors of a frame are candidates, as
 in a busy street. YOLACT then nearly always fills what it may give, here 50 instances. Random masks
 have longer borders than those of a trained network, which is the harder case for EdgeSeg. INT8 is
-calibrated on other frames of the same kind; that it finds other instances than fp32 says little, for
-those of random weights are the outliers of noise. What INT8 costs in accuracy is measured on
+calibrated on other frames of the same kind; that it finds other instances than fp32 says little,
+since those of random weights are the outliers of noise. What INT8 costs in accuracy is measured on
 trained models, by `edgeseg quantize --data`.
 
 Post-processing is what comes behind the raw heads: the head in the graph (decoding, NMS), timed by
