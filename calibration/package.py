@@ -17,7 +17,15 @@ import onnx
 from onnx import helper
 
 from edgeseg import __version__
-from edgeseg.bundle import GOLDEN_KEY, SPEC_KEY, Bundle, new_bundle, tool_versions, write_manifest
+from edgeseg.bundle import (
+    GOLDEN_KEY,
+    SPEC_KEY,
+    Bundle,
+    check_new_bundle,
+    new_bundle,
+    tool_versions,
+    write_manifest,
+)
 from edgeseg.calibration.accuracy import (
     AnyDataset,
     AnyEvaluation,
@@ -402,12 +410,7 @@ def _check_target(target: Path, bundle: Bundle) -> None:
         raise RequestError(
             f"{target} is the bundle that is to be quantized; give the INT8 one another name"
         )
-    with suppress(_TriedError), new_bundle(target):
-        raise _TriedError
-
-
-class _TriedError(Exception):
-    """Leaves a new bundle that was only begun to see whether it could be."""
+    check_new_bundle(target)
 
 
 def _left_out(graph: Graph) -> tuple[str, ...]:

@@ -168,6 +168,16 @@ def new_bundle(target: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def check_new_bundle(target: str | os.PathLike[str]) -> None:
+    """Raises now what ``new_bundle`` would raise when long work is done."""
+    with suppress(_TriedError), new_bundle(target):
+        raise _TriedError
+
+
+class _TriedError(Exception):
+    """Leaves a new bundle that was only begun to see whether it could be."""
+
+
 def _put(folder: Path, target: Path) -> None:
     """Gives ``folder`` the name ``target``; an older bundle there stays if that fails."""
     if not (target / _MANIFEST).is_file():

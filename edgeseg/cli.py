@@ -226,9 +226,23 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--adapter",
         metavar="MODULE:FUNCTION",
-        help="turns what the model returns into logits (1, classes, h, w)",
+        help="turns what the model returns into logits (1, classes, h, w), or for the task "
+        "instance into a dict of boxes, scores and masks",
     )
     own.add_argument("--output-name", metavar="NAME", help="which output of an ONNX file is meant")
+    own.add_argument(
+        "--least-score",
+        type=float,
+        metavar="S",
+        help="of an instance model: a detection's score is above it; 0.05",
+    )
+    own.add_argument(
+        "--overlap",
+        type=float,
+        metavar="IOU",
+        help="of an instance model: boxes of a class that overlap a better one by more go; 0.5, "
+        "and 1 (none goes) where each candidate has its mask",
+    )
     _add_json(export)
 
     quantize = _command(commands, "quantize", _quantize, "make an INT8 bundle of a bundle")
@@ -373,6 +387,57 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--threads", type=_whole, default=0, metavar="N", help="0: all")
     prune.add_argument("--report", metavar="FILE.html")
     _add_json(prune)
+
+    adapt = _command(
+        commands, "adapt", _adapt, "let a model get used to a camera, from frames without labels"
+    )
+    adapt.add_argument("bundle", metavar="BUNDLE", help="a semantic one, not quantized")
+    adapt.add_argument("-o", "--output", required=True, metavar="DIR")
+    adapt.add_argument(
+        "--video",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="of the camera; or a folder of pictures; may be given several times",
+    )
+    adapt.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="URI",
+        help="labelled pictures that the model shall not forget: camvid:DIR or synthetic:",
+    )
+    adapt.add_argument("--steps", type=_count, default=200, metavar="N", help="200")
+    adapt.add_argument("--frames", type=_count, default=200, metavar="N", help="of each at most")
+    adapt.add_argument(
+        "--confidence",
+        type=float,
+        default=0.9,
+        metavar="0-1",
+        help="what the model is so sure of counts as the truth; 0.9",
+    )
+    adapt.add_argument("--learning-rate", type=float, default=1e-4, metavar="RATE")
+    adapt.add_argument("--seed", type=_whole, default=0, metavar="N")
+    adapt.add_argument("--minutes", type=float, metavar="M", help="end within so many minutes")
+    adapt.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    adapt.add_argument("--workers", type=_whole, metavar="N", help="processes that prepare batches")
+    adapt.add_argument("--name", help="of the new model; that of the folder otherwise")
+    _add_json(adapt)
+
+    compress = _command(
+        commands, "compress", _compress, "prune, train and quantize a model by one recipe"
+    )
+    compress.add_argument("recipe", metavar="RECIPE.toml")
+    compress.add_argument("-o", "--output", required=True, metavar="DIR", help="the bundle")
+    compress.add_argument(
+        "--engine", metavar="NAME", help="measure on openvino or onnxruntime; the best here"
+    )
+    compress.add_argument("--threads", type=_whole, default=0, metavar="N", help="0: all")
+    compress.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    compress.add_argument(
+        "--workers", type=_whole, metavar="N", help="processes that prepare batches"
+    )
+    _add_json(compress)
 
     build = _command(commands, "build", _build, "build a TensorRT engine on the device")
     build.add_argument("bundle", metavar="BUNDLE")
@@ -922,6 +987,7 @@ def _export(options: argparse.Namespace) -> int:
         or options.views is not None
         or (options.mean, options.std, options.order) != (None, None, None)
         or (options.adapter, options.output_name) != (None, None)
+        or (options.least_score, options.overlap) != (None, None)
         or options.align_corners
         or options.scale != 1
     )
@@ -929,11 +995,6 @@ def _export(options: argparse.Namespace) -> int:
     if options.task is not None and not is_own:
         raise RequestError(
             f"{options.model} has one task, which EdgeSeg knows; --task is for models of your own"
-        )
-    if options.task == "instance":
-        raise RequestError(
-            "models of your own are exported for the task semantic, and instance came; instance "
-            "models are exported by the names that EdgeSeg knows"
         )
     if options.model in SHIPPED and not changed:
         bundle = Bundle.open(options.model)
@@ -967,6 +1028,9 @@ def _export(options: argparse.Namespace) -> int:
                     align_corners=options.align_corners,
                     adapter=options.adapter,
                     output_name=options.output_name,
+                    task=options.task or "semantic",
+                    least_score=options.least_score,
+                    overlap=options.overlap,
                 ),
             ),
             options.output,
@@ -1139,6 +1203,67 @@ def _prune(options: argparse.Namespace) -> int:
         f"--weights {options.output} ...`",
     ]
     _tell(options, "\n".join(lines), {"checkpoint": str(made.path), **made.report.to_dict()})
+    return 0
+
+
+def _adapt(options: argparse.Namespace) -> int:
+    _check_json(options)
+    from edgeseg.export.adapt import AdaptRequest, adapt_bundle
+
+    made = adapt_bundle(
+        AdaptRequest(
+            bundle=options.bundle,
+            frames=tuple(options.video),
+            data=tuple(options.data),
+            steps=options.steps,
+            count=options.frames,
+            confidence=options.confidence,
+            learning_rate=options.learning_rate,
+            seed=options.seed,
+            name=options.name,
+        ),
+        options.output,
+        device=options.device,
+        workers=options.workers,
+        minutes=options.minutes,
+        stage=progress,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    lines = [
+        made.verification.render(),
+        f"saved {options.output}; hold it against the old one with `edgeseg eval {options.bundle} "
+        f"--compare {options.output} --data ...`, or look at both with `edgeseg run`",
+    ]
+    _tell(options, "\n".join(lines), made.to_dict())
+    return 0
+
+
+def _compress(options: argparse.Namespace) -> int:
+    _check_json(options)
+    from edgeseg.export.compress import compress
+    from edgeseg.export.compress_recipe import CompressionRecipe
+    from edgeseg.export.finetune import train_integers
+    from edgeseg.export.foreign import importable_here
+
+    recipe = CompressionRecipe.read(options.recipe)
+    with importable_here():
+        made = compress(
+            recipe,
+            options.output,
+            engine=options.engine,
+            threads=options.threads,
+            device=options.device,
+            workers=options.workers,
+            trainer=train_integers,
+            stage=progress,
+            report=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    lines = [
+        made.report.render(),
+        f"saved {options.output}; look at {Path(options.output) / 'report.html'}; the bundles of "
+        f"all steps are in {made.steps}",
+    ]
+    _tell(options, "\n".join(lines), made.to_dict())
     return 0
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeseg.bundle import SHIPPED, Bundle
+from edgeseg.classes import ClassList, class_list
 from edgeseg.errors import RequestError
 from edgeseg.export.distillation import (
     Distillation,
@@ -29,11 +30,21 @@ __all__ = ["DistilledTask", "Teacher", "open_teacher"]
 class Teacher:
     """A network in eval mode that says of a batch of pictures what it thinks of them.
 
-    ``preprocessing`` is the network's own: it sees the pictures as it was trained to.
+    ``preprocessing`` is the network's own: it sees the pictures as it was trained to. ``classes``:
+    what it knows, for data that have no labels; ``size``: (height, width) that it is made for, if
+    it is made for one.
     """
 
-    def __init__(self, network: SemanticNetwork | InstanceNetwork, preprocessing: Preprocessing):
+    def __init__(
+        self,
+        network: SemanticNetwork | InstanceNetwork,
+        preprocessing: Preprocessing,
+        classes: ClassList | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
         self.network = network.eval().requires_grad_(False)
+        self.classes = classes or class_list(network.named_classes)
+        self.size = size
         self._preprocessing = preprocessing
 
     @torch.no_grad()
@@ -64,9 +75,12 @@ def open_teacher(name: str, model: str, crop: tuple[int, int]) -> Teacher:
         return Teacher(own, own.preprocessing)
     if name not in SHIPPED and Path(name).suffix in (".pt", ".pth"):
         network, _, _ = read_network(model, name)
-    else:
-        network, _, _ = read_network(Bundle.open(name).spec.architecture, name)
-    return Teacher(network, definition_of(network).preprocessing)
+        return Teacher(network, definition_of(network).preprocessing)
+    spec = Bundle.open(name).spec
+    network, _, _ = read_network(spec.architecture, name)
+    classes = ClassList(spec.name, spec.classes, spec.colours, spec.ignore)
+    preprocessing = definition_of(network).preprocessing
+    return Teacher(network, preprocessing, classes, (spec.height, spec.width))
 
 
 class DistilledTask(TrainingTask[Any]):

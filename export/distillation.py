@@ -39,6 +39,9 @@ class Distillation:
     times the distance of inner maps. Outputs are compared at ``temperature``: the higher, the more
     the classes count that the teacher finds unlikely. ``channel_temperature`` is that of positions.
     ``layers``: pairs [student's module, teacher's module] whose maps are compared.
+
+    Sources ``frames:`` have no labels; the teacher gives them theirs, where it is sure by
+    ``confidence``, 0 to 1, on at most ``frames`` frames of each.
     """
 
     alpha: float = 0.5
@@ -47,6 +50,8 @@ class Distillation:
     channel_temperature: float = 4.0
     features: float = 0.0
     layers: tuple[tuple[str, str], ...] = ()
+    confidence: float = 0.9
+    frames: int = 200
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -62,6 +67,12 @@ class Distillation:
                 "features of a distillation above 0 need layers, pairs of [student's module, "
                 "teacher's module], and layers need features above 0"
             )
+        if not 0 <= self.confidence <= 1:
+            raise RequestError(
+                f"confidence of a distillation is 0 to 1, and {self.confidence} came"
+            )
+        if self.frames < 1:
+            raise RequestError(f"frames of a distillation are 1 or more, and {self.frames} came")
         if any(len(pair) != 2 for pair in self.layers):
             raise RequestError("layers of a distillation are pairs [student's, teacher's]")
 

@@ -10,20 +10,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
 from edgeseg.errors import RequestError, WeightsError
 from edgeseg.export.onnx import OPSET, traced
 from edgeseg.export.own import OwnNetwork, check_output, first_line
+from edgeseg.export.own_instance import (
+    OwnInstanceNetwork,
+    RawForm,
+    check_pictures,
+    check_static,
+    free_names,
+    probed,
+    raw_of,
+)
 from edgeseg.export.tail import take_off_tail
 from edgeseg.export.weights import read_weights
 from edgeseg.spec import Preprocessing
 
 __all__ = [
     "Adapter",
+    "InstanceAdapter",
     "adapter_named",
     "importable_here",
+    "instances_of_module",
     "logits_of",
     "module_of_factory",
     "network_of_module",
@@ -31,6 +43,9 @@ __all__ = [
 
 #: turns what a model returns into scores (1, classes, h, w)
 Adapter = Callable[[Any], Tensor]
+
+#: turns what a model returns into what ``raw_of`` takes
+InstanceAdapter = Callable[[Any], Any]
 
 #: entries under which semantic models return their logits
 _NAMES = ("out", "logits")
@@ -270,17 +285,7 @@ def network_of_module(
         )
     shape = tuple(scores.shape)
     check_output(shape, size, classes, "--adapter module:function can bring it into that form")
-    try:
-        graph = traced(adapted, size)
-    except Exception as error:
-        # The exporter's own message is a page; the cause at its root says what it met.
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise RequestError(
-            f"{name} cannot be turned into ONNX ({first_line(cause)}); loops and branches that "
-            "depend on pixel values, and operators from elsewhere, have to be rewritten"
-        ) from error
+    graph = _traced(adapted, size, name)
     tail = take_off_tail(graph, OPSET, shape, size)
     return OwnNetwork(
         adapted,
@@ -293,6 +298,92 @@ def network_of_module(
         preprocessing=preprocessing,
         align_corners=align_corners,
         reference="PyTorch",
+    )
+
+
+def _traced(
+    module: nn.Module, size: tuple[int, int], name: str, outputs: tuple[str, ...] | None = None
+) -> onnx.GraphProto:
+    """As ``traced``; RequestError when the network ``name`` cannot be."""
+    try:
+        return traced(module, size) if outputs is None else traced(module, size, outputs)
+    except Exception as error:
+        # The exporter's own message is a page; the cause at its root says what it met.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise RequestError(
+            f"{name} cannot be turned into ONNX ({first_line(cause)}); loops and branches that "
+            "depend on pixel values, and operators from elsewhere, have to be rewritten"
+        ) from error
+
+
+class _AdaptedInstances(nn.Module):
+    """A foreign module and its adapter: image -> raw detections, those of ``names``, float32."""
+
+    def __init__(self, network: nn.Module, adapter: InstanceAdapter) -> None:
+        super().__init__()
+        self.network = network
+        self.adapter = adapter
+        self.names: tuple[str, ...] = ()
+
+    def found(self, x: Tensor) -> dict[str, Tensor]:
+        """By name."""
+        return raw_of(self.adapter(self.network(x)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        found = self.found(x)
+        return tuple(found[name].float() for name in self.names)
+
+
+def instances_of_module(
+    module: nn.Module,
+    size: tuple[int, int],
+    *,
+    name: str,
+    classes: tuple[str, ...] | None,
+    preprocessing: Preprocessing,
+    adapter: InstanceAdapter = raw_of,
+    half_weights: bool = False,
+    least_score: float | None = None,
+    overlap: float | None = None,
+) -> OwnInstanceNetwork:
+    """As ``network_of_module``, for a ``module`` that finds objects.
+
+    ``least_score`` and ``overlap``: see `OwnInstanceNetwork`. RequestError when it, with
+    ``adapter``, gives something else than `edgeseg.export.own_instance` names.
+    """
+    height, width = size
+    if half_weights:
+        _round_to_half(module)
+    adapted = _AdaptedInstances(module, adapter)
+    try:
+        with torch.inference_mode():
+            found = [adapted.found(x) for x in probed(size)]
+    except RequestError:
+        raise
+    except Exception as error:
+        raise RequestError(
+            f"{name} or its adapter does not take a picture of {height}x{width} "
+            f"({first_line(error)}); try another --size, often a multiple of 32"
+        ) from error
+    form = RawForm.of(found[0], size, classes, "--adapter module:function can bring it there")
+    check_pictures(found, size)
+    adapted.names = form.names
+    graph = _traced(adapted, size, name, tuple(f"edgeseg.raw.{key}" for key in form.names))
+    check_static(graph, name)
+    free_names(graph)
+    return OwnInstanceNetwork(
+        adapted,
+        graph,
+        form,
+        opset=OPSET,
+        size=size,
+        classes=classes,
+        preprocessing=preprocessing,
+        reference="PyTorch",
+        least_score=least_score,
+        overlap=overlap,
     )
 
 

@@ -1,12 +1,13 @@
-"""Any ONNX file that classifies pixels, as a network that can be exported again.
+"""Any ONNX file that classifies pixels or finds objects, as a network to be exported again.
 
-Its preprocessing and its argmax are replaced by EdgeSeg's, so that it keeps the contract; between
-them it stays as it is.
+Its preprocessing and its argmax, or what follows its raw detections, are replaced by EdgeSeg's, so
+that it keeps the contract; between them it stays as it is.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,22 @@ from edgeseg.bundle import SPEC_KEY
 from edgeseg.errors import BundleError, RequestError
 from edgeseg.export.onnx import OPSET, quiet
 from edgeseg.export.own import OwnNetwork, check_output, first_line
+from edgeseg.export.own_instance import (
+    RAW_NAMES,
+    OwnInstanceNetwork,
+    RawForm,
+    check_pictures,
+    check_static,
+    probed,
+)
 from edgeseg.export.tail import remove_unused, take_off_tail
 from edgeseg.spec import Preprocessing
 
-__all__ = ["network_of_file"]
+__all__ = ["instances_of_file", "network_of_file"]
 
 _PREFIX = "model."
 _INPUT = "edgeseg.x"
+_RAW = "edgeseg.raw."
 _ERRORS_ONLY = 3
 _STANDARD = ("", "ai.onnx")
 _FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
@@ -63,10 +73,14 @@ class _Session(nn.Module):
 
     def run(self, x: Tensor) -> np.ndarray[Any, Any]:
         """The output as it comes."""
+        return self.run_all(x, [self._output])[0]
+
+    def run_all(self, x: Tensor, outputs: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+        """Several outputs as they come."""
         pixels = x.numpy().astype(self._type)
         if self._reads_channels_last:
             pixels = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
-        found: np.ndarray[Any, Any] = self._session.run([self._output], {self._input: pixels})[0]
+        found: list[np.ndarray[Any, Any]] = self._session.run(list(outputs), {self._input: pixels})
         return found
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,7 +117,7 @@ def network_of_file(
     is_class_map = target.type.tensor_type.elem_type in _INTEGERS
     decided = _scores_before_argmax(model.graph, target.name) if is_class_map else None
     scores, class_axis = (target.name, None) if decided is None else decided
-    model = _with_only_output(model, scores)
+    model = _with_only_outputs(model, [scores])
     try:
         session = _Session(model, scores, channels_last=channels_last)
         found = session.run(torch.zeros(1, 3, height, width))
@@ -135,6 +149,115 @@ def network_of_file(
         preprocessing=preprocessing,
         align_corners=align_corners,
         reference="the original file",
+    )
+
+
+class _InstanceSession(nn.Module):
+    """The file as it came, in ONNX Runtime: normalised image -> raw detections, in their order.
+
+    ``outputs``: of the file, read in that order. ``columns`` (classes, coefficients): they are the
+    pair that ``_columns_of`` knows, the rows first; None where they have the names.
+    """
+
+    def __init__(
+        self,
+        session: _Session,
+        outputs: Sequence[str],
+        columns: tuple[int, int] | None,
+    ) -> None:
+        super().__init__()
+        self._session = session
+        self._outputs = tuple(outputs)
+        self._columns = columns
+
+    def found(self, x: Tensor) -> dict[str, Tensor]:
+        """By name."""
+        values = [torch.from_numpy(value) for value in self._session.run_all(x, self._outputs)]
+        if self._columns is None:
+            return dict(zip(self._outputs, values, strict=True))
+        rows, prototypes = values
+        height, width = x.shape[-2:]
+        pixels, scores, coefficients = torch.split(rows.transpose(1, 2), [4, *self._columns], dim=2)
+        return {
+            "boxes_cxcywh": pixels * pixels.new_tensor([1 / width, 1 / height] * 2),
+            "scores": scores,
+            "coefficients": coefficients,
+            "prototypes": prototypes,
+        }
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.float() for tensor in self.found(x).values())
+
+
+def instances_of_file(
+    path: str,
+    size: tuple[int, int] | None,
+    *,
+    classes: tuple[str, ...] | None,
+    preprocessing: Preprocessing,
+    least_score: float | None = None,
+    overlap: float | None = None,
+) -> OwnInstanceNetwork:
+    """As ``network_of_file``, for a file that finds objects.
+
+    Its outputs have the names that `edgeseg.export.own_instance` gives, others are left out; or
+    there are two, (1, 4 + classes + k, N) and (1, k, h, w): centre and size of N boxes in pixels
+    above probabilities and coefficients, and the prototypes, as YOLOv8-seg has them.
+    ``least_score`` and ``overlap``: see `OwnInstanceNetwork`.
+    """
+    model = _read(path)
+    source = _only_input(model, path)
+    channels_last, fixed = _layout(source, path)
+    height, width = _decided_size(size, fixed, path)
+    sides = (1, height, width, 3) if channels_last else (1, 3, height, width)
+    _fix_shapes(model, source.name, sides)
+    names = [output.name for output in model.graph.output]
+    known = [name for name in RAW_NAMES if name in names]
+    if not known and len(names) != 2:
+        raise RequestError(_no_instances(path, names))
+    outputs = known or names
+    try:
+        session = _Session(
+            _with_only_outputs(model, outputs), outputs[0], channels_last=channels_last
+        )
+        pictures = probed((height, width))
+        values = session.run_all(pictures[0], outputs)
+    except Exception as error:
+        # The runtime's exceptions share no base class but Exception.
+        raise RequestError(
+            f"{path} does not run on a picture of {height}x{width} "
+            f"({first_line(error)}); try another --size, often a multiple of 32"
+        ) from error
+    kinds = [value.dtype for value in values]
+    columns = None
+    if not known:
+        if values[0].ndim > values[1].ndim:
+            outputs, kinds, values = outputs[::-1], kinds[::-1], values[::-1]
+        columns = _columns_of([value.shape for value in values], classes, path, outputs)
+    source_network = _InstanceSession(session, outputs, columns)
+    found = [source_network.found(x) for x in pictures]
+    form = RawForm.of(
+        found[0],
+        (height, width),
+        classes,
+        "bring the file's outputs into that form, or export the module itself with --adapter",
+    )
+    check_pictures(found, (height, width))
+    model = _converted(_with_only_outputs(model, outputs), path)
+    check_static(model.graph, path)
+    graph = _graph_of(model, sides, source.type.tensor_type.elem_type, channels_last=channels_last)
+    _take_outputs(graph, kinds, columns, (height, width))
+    return OwnInstanceNetwork(
+        source_network,
+        graph,
+        form,
+        opset=_opset(model),
+        size=(height, width),
+        classes=classes,
+        preprocessing=preprocessing,
+        reference="the original file",
+        least_score=least_score,
+        overlap=overlap,
     )
 
 
@@ -282,19 +405,20 @@ def _scores_before_argmax(graph: onnx.GraphProto, name: str) -> tuple[str, int] 
     return None
 
 
-def _with_only_output(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    """A copy that gives the tensor ``name`` and nothing else."""
+def _with_only_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """A copy that gives the tensors ``names``, in that order, and nothing else."""
     cut = onnx.ModelProto()
     cut.CopyFrom(model)
     del cut.graph.output[:]
-    entry = onnx.ValueInfoProto()
-    entry.name = name
-    for known in model.graph.output:
-        if known.name == name:
-            entry.type.tensor_type.elem_type = known.type.tensor_type.elem_type
-    if not entry.type.tensor_type.elem_type:
-        entry.type.tensor_type.elem_type = TensorProto.FLOAT
-    cut.graph.output.append(entry)
+    for name in names:
+        entry = onnx.ValueInfoProto()
+        entry.name = name
+        for known in model.graph.output:
+            if known.name == name:
+                entry.type.tensor_type.elem_type = known.type.tensor_type.elem_type
+        if not entry.type.tensor_type.elem_type:
+            entry.type.tensor_type.elem_type = TensorProto.FLOAT
+        cut.graph.output.append(entry)
     remove_unused(cut.graph)
     return cut
 
@@ -483,3 +607,85 @@ def _one_hot(
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info("edgeseg.scores", TensorProto.FLOAT, None))
     return shape
+
+
+def _no_instances(path: str, names: Sequence[str]) -> str:
+    return (
+        f"{path} has the outputs {', '.join(names)}, and an instance model's are boxes or "
+        "boxes_cxcywh, scores, and masks or coefficients and prototypes, or they are the pair of "
+        "YOLOv8-seg; name them so (output_names of torch.onnx.export), or export the module itself "
+        "with --adapter"
+    )
+
+
+def _columns_of(
+    shapes: Sequence[tuple[int, ...]],
+    classes: tuple[str, ...] | None,
+    path: str,
+    names: Sequence[str],
+) -> tuple[int, int]:
+    """(classes, coefficients) of the pair of outputs with ``shapes``; RequestError if it is none.
+
+    One is (1, 4 + classes + k, N), the other (1, k, h, w).
+    """
+    rows, prototypes = sorted(shapes, key=len)
+    if len(rows) != 3 or len(prototypes) != 4:
+        raise RequestError(_no_instances(path, names))
+    coefficients = prototypes[1]
+    found = rows[1] - 4 - coefficients
+    if found < 1 or (classes is not None and found != len(classes)):
+        wanted = f"{len(classes)} classes" if classes is not None else "the classes"
+        raise RequestError(
+            f"{path} gives {rows} and {prototypes}, and (1, 4 + classes + k, N) with (1, k, h, w) "
+            f"has 4 numbers of a box, {wanted} and {coefficients} coefficients in each column; "
+            "--classes names every class, in order, without a background"
+        )
+    return found, coefficients
+
+
+def _take_outputs(
+    graph: onnx.GraphProto,
+    kinds: Sequence[np.dtype[Any]],
+    columns: tuple[int, int] | None,
+    size: tuple[int, int],
+) -> None:
+    """Makes the outputs of ``graph`` float32, and of a pair with ``columns`` the four, in place."""
+    names = []
+    for output, kind in zip(graph.output, kinds, strict=True):
+        names.append(output.name)
+        if kind != np.float32:
+            names[-1] = f"{_RAW}{output.name}"
+            graph.node.append(
+                helper.make_node(
+                    "Cast",
+                    [output.name],
+                    [names[-1]],
+                    f"{output.name}_to_float",
+                    to=TensorProto.FLOAT,
+                )
+            )
+    if columns is not None:
+        height, width = size
+        shares = np.array([1 / width, 1 / height] * 2, np.float32)
+        parts = [f"{_RAW}{part}" for part in ("pixels", "scores", "coefficients")]
+        graph.initializer.extend(
+            [
+                numpy_helper.from_array(np.array([4, *columns]), f"{_RAW}columns"),
+                numpy_helper.from_array(shares, f"{_RAW}share_of_pixel"),
+            ]
+        )
+        rows = f"{_RAW}rows"
+        graph.node.extend(
+            [
+                helper.make_node("Transpose", [names[0]], [rows], "to_rows", perm=[0, 2, 1]),
+                helper.make_node("Split", [rows, f"{_RAW}columns"], parts, "split_rows", axis=2),
+                helper.make_node(
+                    "Mul", [parts[0], f"{_RAW}share_of_pixel"], [f"{_RAW}shares"], "to_shares"
+                ),
+            ]
+        )
+        names = [f"{_RAW}shares", *parts[1:], names[1]]
+    del graph.output[:]
+    graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names
+    )

@@ -8,7 +8,7 @@ NonMaxSuppression or Loop, and no TopK beyond 3840, which is TensorRT's limit.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +20,16 @@ from edgeseg.export.models.selection import Selection
 from edgeseg.spec import ModelSpec
 
 __all__ = [
+    "FAR",
     "MASK_ASSEMBLY",
     "OUTPUTS",
     "Detections",
     "GraphWriter",
     "Rescoring",
     "append_instance_outputs",
+    "append_mask_assembly",
+    "append_mask_levels",
+    "append_selection",
     "append_yolact_head",
     "append_yolact_selection",
     "mask_assembly_function",
@@ -37,6 +41,9 @@ MASK_ASSEMBLY = "EdgeSegMaskAssembly"
 #: outputs of every instance graph, in order
 OUTPUTS = ("boxes", "scores", "labels", "count", "masks")
 
+#: a box with larger numbers, in pixels or relative to the picture, is none: it came of an overflow
+FAR = 1e6
+
 _DOMAIN = "edgeseg"
 # Everything that is no weight of the network begins with this.
 _OURS = "edgeseg.head."
@@ -45,8 +52,6 @@ _OPSET = 18
 _BLOCK = 50
 # Scores are 0 to 1, so this marks what is no detection.
 _NONE = -1.0
-# A box with larger numbers, relative to the picture, came of an overflow.
-_FAR = 1e6
 # Variances of the box regression (Liu et al., SSD, 2016), as the published networks are trained.
 _CENTRE_VARIANCE, _SIZE_VARIANCE = 0.1, 0.2
 
@@ -153,19 +158,59 @@ def append_yolact_head(
     chosen = write.node("Gather", [coefficients, found.sources], "chosen", axis=1)
     if rescoring is not None:
         found, chosen = _rescored(write, rescoring, prototypes, chosen, found, spec)
-    graph.node.append(
+    masks = append_mask_assembly(write, prototypes, chosen, found, spec)
+    append_instance_outputs(graph, spec, found, masks)
+    return [mask_assembly_function(opset)]
+
+
+def append_mask_assembly(
+    write: GraphWriter, prototypes: str, coefficients: str, found: Detections, spec: ModelSpec
+) -> str:
+    """Levels int32 (1, K, h, w) of ``found``, by ``EdgeSegMaskAssembly``.
+
+    ``prototypes`` (1, channels, h, w) and ``coefficients`` (1, K, channels) are tensors of the
+    graph, which has to come with ``mask_assembly_function``.
+    """
+    masks = f"{write.prefix}masks"
+    write.graph.node.append(
         helper.make_node(
             MASK_ASSEMBLY,
-            [prototypes, chosen, found.boxes, found.count],
-            [f"{_OURS}masks"],
+            [prototypes, coefficients, found.boxes, found.count],
+            [masks],
             "head",
             domain=_DOMAIN,
             network_height=spec.height,
             network_width=spec.width,
         )
     )
-    append_instance_outputs(graph, spec, found, f"{_OURS}masks")
-    return [mask_assembly_function(opset)]
+    return masks
+
+
+def append_mask_levels(write: GraphWriter, logits: str, found: Detections, spec: ModelSpec) -> str:
+    """Levels int32 (1, K, h, w) of ``found``, each of a map of its own.
+
+    ``logits`` (1, K, h, w) is a tensor of the graph. The same as ``EdgeSegMaskAssembly`` makes of
+    its sums: floor(255 p + 1/2), where p is the sigmoid; 0 where that is no number, outside the
+    box, and in rows that are no detection.
+    """
+    rows, grid = spec.capacity, [spec.mask_height, spec.mask_width]
+    shape = write.integers([rows, 1, *grid], "mask_shape")
+    odds = write.node("Sigmoid", [logits], "mask_odds")
+    odds = write.node("Reshape", [odds, shape], "mask_grid")
+    levels = write.node("Mul", [odds, write.number(255.0, "full")], "mask_scaled")
+    levels = write.node("Add", [levels, write.number(0.5, "half_level")], "mask_raised")
+    levels = write.node("Floor", [levels], "mask_levels")
+    zero = f"{write.prefix}zero"
+    shown = _inside_boxes(write, found.boxes, spec)
+    is_number = write.node("LessOrEqual", [zero, odds], "mask_is_number")
+    shown = write.node("And", [shown, is_number], "mask_is_shown")
+    index = np.arange(rows, dtype=np.int32).reshape(rows, 1, 1, 1)
+    real = write.node("Less", [write.constant(index, "row_index"), found.count], "row_is_real")
+    shown = write.node("And", [shown, real], "mask_is_wanted")
+    levels = write.node("Where", [shown, levels, zero], "wanted_levels")
+    levels = write.node("Cast", [levels], "mask_integers", to=TensorProto.INT32)
+    whole = write.integers([1, rows, *grid], "masks_shape")
+    return write.node("Reshape", [levels, whole], "masks")
 
 
 def _rescored(
@@ -243,13 +288,19 @@ def _cropped_masks(
     odds = write.node(
         "Reshape", [odds, write.integers([rows, 1, height, width], "mask_shape")], "mask_grid"
     )
+    inside = _inside_boxes(write, boxes, spec)
+    return write.node("Where", [inside, odds, f"{write.prefix}zero"], "cropped_masks")
+
+
+def _inside_boxes(write: GraphWriter, boxes: str, spec: ModelSpec) -> str:
+    """(K, 1, h, w) bool: the samples that ``EdgeSegMaskAssembly`` keeps of each mask."""
+    rows, height, width = spec.capacity, spec.mask_height, spec.mask_width
     corners = [f"corner_{name}" for name in ("x1", "y1", "x2", "y2")]
     shaped = write.node(
         "Reshape", [boxes, write.integers([rows, 4, 1, 1], "box_column")], "mask_boxes"
     )
-    write.node(
-        "Split", [shaped, f"{write.prefix}quarters"], "mask_corners", outputs=corners, axis=1
-    )
+    quarters = write.integers([1, 1, 1, 1], "box_quarters")
+    write.node("Split", [shaped, quarters], "mask_corners", outputs=corners, axis=1)
     one = write.number(1.0, "sample")
     inside = []
     for axis, samples, size in ((0, width, spec.width), (1, height, spec.height)):
@@ -272,8 +323,7 @@ def _cropped_masks(
         after = write.node("LessOrEqual", [low, place], f"after_{name}")
         before = write.node("Less", [place, high], f"before_{name}")
         inside.append(write.node("And", [after, before], f"inside_{name}"))
-    both = write.node("And", inside, "inside_box")
-    return write.node("Where", [both, odds, f"{write.prefix}zero"], "cropped_masks")
+    return write.node("And", inside, "inside_box")
 
 
 def append_instance_outputs(
@@ -328,11 +378,6 @@ def append_yolact_selection(
     """
     write = GraphWriter(graph, prefix)
     total = priors.shape[0]
-    foreground = num_classes - 1
-    kept = min(selection.candidates, total)
-    none = write.number(_NONE, "none")
-
-    # Scores of all priors, and the candidates among them.
     odds = write.node("Softmax", [conf], "odds", axis=2)
     rows = write.node("Reshape", [odds, write.integers([total, num_classes], "odds_shape")], "rows")
     scores = write.node(
@@ -341,11 +386,42 @@ def append_yolact_selection(
             rows,
             write.integers([1], "first_class"),
             write.integers([num_classes], "end_class"),
-            write.integers([1], "class_axis"),
+            write.integers([1], "sliced_axis"),
         ],
         "class_scores",
     )
-    best = write.node("ReduceMax", [scores, f"{prefix}class_axis"], "best_score", keepdims=0)
+
+    def corners_of(chosen: str) -> str:
+        return _decoded(write, loc, priors, chosen)
+
+    shape = (total, num_classes - 1)
+    return append_selection(write, scores, shape, corners_of, selection, relative_to=size)
+
+
+def append_selection(
+    write: GraphWriter,
+    scores: str,
+    shape: tuple[int, int],
+    corners_of: Callable[[str], str],
+    selection: Selection,
+    *,
+    relative_to: tuple[int, int] | None = None,
+) -> Detections:
+    """Adds what is between scored candidates and detections to the graph of ``write``.
+
+    ``scores`` float32 of ``shape`` (A, classes) is a tensor of the graph, without a background.
+    ``corners_of`` adds what makes boxes (n, 4) xyxy of rows, an int64 tensor (n,), once.
+    ``relative_to``: (height, width) of the picture that boxes are shares of; None for boxes in
+    pixels. A candidate with a score or box that is no finite number, or beyond ``FAR``, is none.
+    """
+    prefix = write.prefix
+    total, foreground = shape
+    kept = min(selection.candidates, total)
+    none = write.number(_NONE, "none")
+
+    # The best score of each, and the candidates among them.
+    class_axis = write.integers([1], "class_axis")
+    best = write.node("ReduceMax", [scores, class_axis], "best_score", keepdims=0)
     # Also takes care of scores that are no number: TopK has no place for them. Less, here and
     # below, since OpenVINO's Greater says yes to a NaN.
     above = write.node(
@@ -362,9 +438,9 @@ def append_yolact_selection(
     )
     top_score, top_prior = f"{prefix}top_score", f"{prefix}top_prior"
 
-    corners = _decoded(write, loc, priors, top_prior)
+    corners = corners_of(top_prior)
     near = write.node("Abs", [corners], "corner_distance")
-    near = write.node("Less", [near, write.number(_FAR, "far")], "is_near")
+    near = write.node("Less", [near, write.number(FAR, "far")], "is_near")
     near = write.node("Cast", [near], "near_corners", to=TensorProto.FLOAT)
     near = write.node(
         "ReduceMin", [near, write.integers([1], "corner_axis")], "near_box", keepdims=0
@@ -387,7 +463,7 @@ def append_yolact_selection(
     if selection.cross_class:
         label = write.node("ArgMax", [scores], "best_class", axis=1, keepdims=0)
         groups, ranks = 1, kept
-        scores = write.node("ReduceMax", [scores, f"{prefix}class_axis"], "best", keepdims=0)
+        scores = write.node("ReduceMax", [scores, class_axis], "best", keepdims=0)
         scores = write.node("Unsqueeze", [scores, write.integers([0], "front")], "groups")
     else:
         groups, ranks = foreground, min(selection.per_class, kept)
@@ -400,9 +476,12 @@ def append_yolact_selection(
         axis=1,
     )
     group_score, group_row = f"{prefix}group_score", f"{prefix}group_row"
-    survivors = _survivors(
-        write, corners, group_score, group_row, groups, ranks, selection.iou_threshold
-    )
+    survivors = group_score
+    # No two boxes overlap by more than all.
+    if selection.iou_threshold < 1:
+        survivors = _survivors(
+            write, corners, group_score, group_row, groups, ranks, selection.iou_threshold
+        )
 
     # The best over all groups.
     pairs = groups * ranks
@@ -426,9 +505,10 @@ def append_yolact_selection(
         label = write.node("Div", [pair, write.integers([ranks], "ranks_each")], "final_label")
     source = write.node("Gather", [top_prior, row], "sources", axis=0)
     boxes = write.node("Gather", [corners, row], "final_boxes", axis=0)
-    height, width = size
-    scale = np.array([width, height, width, height], np.float32)
-    boxes = write.node("Mul", [boxes, write.constant(scale, "network_size")], "pixel_boxes")
+    if relative_to is not None:
+        height, width = relative_to
+        scale = np.array([width, height, width, height], np.float32)
+        boxes = write.node("Mul", [boxes, write.constant(scale, "network_size")], "pixel_boxes")
     label = write.node("Cast", [label], "label", to=TensorProto.INT32)
 
     missing = selection.capacity - written

@@ -31,6 +31,7 @@ from edgeseg.engine.onnxruntime import recorded_golden
 from edgeseg.errors import BundleError, RequestError, WeightsError
 from edgeseg.export.models import InstanceNetwork, SemanticNetwork
 from edgeseg.export.own import OwnNetwork
+from edgeseg.export.own_instance import OwnInstanceNetwork
 from edgeseg.export.views import ViewedNetwork
 from edgeseg.golden import AnyGolden
 from edgeseg.onnxfile import HEAD
@@ -125,7 +126,13 @@ def export_network(
             f"and {spec.height}x{spec.width} came"
         )
     opset = OPSET
-    if isinstance(network, InstanceNetwork):
+    if isinstance(network, OwnInstanceNetwork):
+        _check_instances(network, spec)
+        opset = network.own_opset
+        graph = onnx.GraphProto()
+        graph.CopyFrom(network.graph)
+        image_convolutions = _image_convolutions(graph)
+    elif isinstance(network, InstanceNetwork):
         _check_instances(network, spec)
         opset = network.opset
         names = tuple(f"{_OURS}{name}" for name in network.raw_names)

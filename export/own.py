@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Literal
@@ -13,9 +14,17 @@ from torch import Tensor, nn
 from edgeseg.errors import RequestError
 from edgeseg.export.models.semantic import SemanticNetwork
 from edgeseg.export.tail import Tail
-from edgeseg.spec import Preprocessing
+from edgeseg.spec import Preprocessing, Task
 
-__all__ = ["IMAGENET", "OwnNetwork", "OwnOptions", "check_output", "first_line", "is_own"]
+__all__ = [
+    "IMAGENET",
+    "OwnNetwork",
+    "OwnOptions",
+    "check_output",
+    "first_line",
+    "is_own",
+    "weights_in",
+]
 
 #: what torchvision, timm and most training scripts normalise with
 IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), order="rgb")
@@ -33,7 +42,8 @@ class OwnOptions:
     ``mean``, ``std``: three numbers each, of pixels that go from 0 to ``scale`` (1 or 255), in the
     order of ``order``. ``align_corners``: convention of the upsampling that is left to EdgeSeg's
     head. ``adapter``: ``module:function`` that turns what the model returns into logits.
-    ``output_name``: which output of an ONNX file is meant.
+    ``output_name``: which output of an ONNX file is meant. ``task``: what the model gives; of an
+    instance model, ``least_score`` and ``overlap`` are those of `OwnInstanceNetwork`.
     """
 
     mean: Values | None = None
@@ -43,6 +53,9 @@ class OwnOptions:
     align_corners: bool = False
     adapter: str | None = None
     output_name: str | None = None
+    task: Task = "semantic"
+    least_score: float | None = None
+    overlap: float | None = None
 
     def preprocessing(self, default: Preprocessing = IMAGENET) -> Preprocessing:
         """The normalisation asked for; what was left open is ``default``'s.
@@ -141,15 +154,13 @@ class OwnNetwork(SemanticNetwork):
 
     def parameter_count(self) -> int:
         """Number of floating-point weights in the graph."""
-        floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
-        count = 0
-        for tensor in self.graph.initializer:
-            if tensor.data_type in floats:
-                size = 1
-                for side in tensor.dims:
-                    size *= side
-                count += size
-        return count
+        return weights_in(self.graph)
+
+
+def weights_in(graph: onnx.GraphProto) -> int:
+    """Number of floating-point weights in ``graph``."""
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+    return sum(math.prod(tensor.dims) for tensor in graph.initializer if tensor.data_type in floats)
 
 
 def check_output(

@@ -20,12 +20,14 @@ from edgeseg.engine import cpu_engine, open_engine
 from edgeseg.errors import RequestError, WeightsError
 from edgeseg.evaluate import evaluate, evaluate_instances, match_classes
 from edgeseg.export.foreign import (
+    InstanceAdapter,
     adapter_named,
+    instances_of_module,
     logits_of,
     module_of_factory,
     network_of_module,
 )
-from edgeseg.export.graphs import network_of_file
+from edgeseg.export.graphs import instances_of_file, network_of_file
 from edgeseg.export.models import (
     DEFINITIONS,
     InstanceNetwork,
@@ -35,9 +37,14 @@ from edgeseg.export.models import (
 )
 from edgeseg.export.onnx import export_network, sha256_of
 from edgeseg.export.own import TRANSFORMERS_PREFIX, OwnNetwork, OwnOptions, is_own
+from edgeseg.export.own_instance import OwnInstanceNetwork, raw_of
 from edgeseg.export.preprocess import evaluate_network
 from edgeseg.export.torchengine import TorchEngine
-from edgeseg.export.transformers_models import logits_of_transformer, read_pretrained
+from edgeseg.export.transformers_models import (
+    instances_of_transformer,
+    logits_of_transformer,
+    read_pretrained,
+)
 from edgeseg.export.verify import InstanceComparison, Verification, verify
 from edgeseg.export.views import ViewedNetwork
 from edgeseg.export.weights import load_weights, read_weights
@@ -173,11 +180,13 @@ def _network(
 ) -> tuple[SemanticNetwork | InstanceNetwork, str, Path | None]:
     """The network with its weights, its architecture, and the file they came from, if any."""
     if is_own(request.model):
-        return own_network(request)
+        is_instance = request.own.task == "instance"
+        return own_instances(request) if is_instance else own_network(request)
     if request.own != OwnOptions():
         raise RequestError(
             f"{request.model} has its own normalisation and outputs; mean, std, channel order, "
-            "scale, corners, adapter and output name are for models of your own"
+            "scale, corners, adapter, output name, least score and overlap are for models of your "
+            "own"
         )
     return read_network(request.model, request.weights)
 
@@ -235,16 +244,7 @@ def own_network(request: ExportRequest) -> tuple[OwnNetwork, str, Path | None]:
     """``_network`` for a model that is not EdgeSeg's."""
     model, options = request.model, request.own
     is_file, is_folder = model.endswith(".onnx"), model.startswith(TRANSFORMERS_PREFIX)
-    unsuited = {
-        "--weights": request.weights is not None and (is_file or is_folder),
-        "--half-weights": request.half_weights and is_file,
-        "--adapter": options.adapter is not None and is_file,
-        "--output-name": options.output_name is not None and not is_file,
-    }
-    for option, came in unsuited.items():
-        if came:
-            what = "an ONNX file" if is_file else "a folder of transformers" if is_folder else model
-            raise RequestError(f"{option} does not go with {what}; leave it out")
+    _check_suited(request)
     size = parse_size(request.size) if request.size is not None else None
     if is_file:
         return (
@@ -291,12 +291,82 @@ def own_network(request: ExportRequest) -> tuple[OwnNetwork, str, Path | None]:
         adapter=adapter or logits_of,
         half_weights=request.half_weights,
     )
-    weights = None
-    if request.weights is not None:
-        weights = Path(request.weights)
-        if not weights.is_file():
-            weights = Bundle.open(weights).model_path
-    return network, model, weights
+    return network, model, _weights_file(request)
+
+
+def own_instances(request: ExportRequest) -> tuple[OwnInstanceNetwork, str, Path | None]:
+    """``_network`` for an instance model that is not EdgeSeg's."""
+    model, options = request.model, request.own
+    _check_suited(request)
+    size = parse_size(request.size) if request.size is not None else None
+    if model.endswith(".onnx"):
+        network = instances_of_file(
+            model,
+            size,
+            classes=request.classes,
+            preprocessing=options.preprocessing(),
+            least_score=options.least_score,
+            overlap=options.overlap,
+        )
+        return network, Path(model).stem, Path(model)
+    classes, preprocessing = request.classes, options.preprocessing()
+    adapter: InstanceAdapter = raw_of
+    path: Path | None
+    if model.startswith(TRANSFORMERS_PREFIX):
+        found = read_pretrained(model.removeprefix(TRANSFORMERS_PREFIX))
+        module, name, path = found.module, found.architecture, found.weights
+        classes, wanted = classes or found.classes, _needed(size or found.size)
+        preprocessing = options.preprocessing(found.preprocessing)
+        adapter = instances_of_transformer
+    else:
+        wanted = _needed(size)
+        module = module_of_factory(model, classes=classes, weights=request.weights)
+        name, path = model, _weights_file(request)
+    if options.adapter is not None:
+        adapter = adapter_named(options.adapter)
+    network = instances_of_module(
+        module,
+        wanted,
+        name=name,
+        classes=classes,
+        preprocessing=preprocessing,
+        adapter=adapter,
+        half_weights=request.half_weights,
+        least_score=options.least_score,
+        overlap=options.overlap,
+    )
+    return network, name, path
+
+
+def _weights_file(request: ExportRequest) -> Path | None:
+    """The file that the weights of a factory's module came from."""
+    if request.weights is None:
+        return None
+    weights = Path(request.weights)
+    return weights if weights.is_file() else Bundle.open(weights).model_path
+
+
+def _check_suited(request: ExportRequest) -> None:
+    """RequestError for options that say nothing about the user's model."""
+    model, options = request.model, request.own
+    is_file, is_folder = model.endswith(".onnx"), model.startswith(TRANSFORMERS_PREFIX)
+    finds_objects = options.task == "instance"
+    kind = "an ONNX file" if is_file else "a folder of transformers" if is_folder else model
+    task = f"a model for the task {options.task}"
+    unsuited = (
+        ("--weights", request.weights is not None and (is_file or is_folder), kind),
+        ("--half-weights", request.half_weights and is_file, kind),
+        ("--adapter", options.adapter is not None and is_file, kind),
+        ("--output-name", options.output_name is not None and not is_file, kind),
+        ("--output-name", options.output_name is not None and finds_objects, task),
+        ("--align-corners", options.align_corners and finds_objects, task),
+        ("--confidence", request.confidence and finds_objects, task),
+        ("--least-score", options.least_score is not None and not finds_objects, task),
+        ("--overlap", options.overlap is not None and not finds_objects, task),
+    )
+    for option, came, what in unsuited:
+        if came:
+            raise RequestError(f"{option} does not go with {what}; leave it out")
 
 
 def _viewed(
@@ -326,11 +396,11 @@ def _spec(
 ) -> ModelSpec:
     shipped = Bundle.open(request.model).spec if request.model in SHIPPED else None
     classes = class_list(network.named_classes)
-    if isinstance(network, OwnNetwork):
+    if isinstance(network, OwnNetwork | OwnInstanceNetwork):
         preprocessing = network.preprocessing
         if network.classes is not None:
             classes = ClassList("own", network.classes, classes.colours, classes.ignore)
-        if request.confidence and network.tail.probabilities:
+        if isinstance(network, OwnNetwork) and request.confidence and network.tail.probabilities:
             raise RequestError(
                 "a confidence is made of logits, and this model gives probabilities below network "
                 "size; leave --confidence out, or export what stands before its softmax or sigmoid"
@@ -347,7 +417,7 @@ def _spec(
                 f"and {len(request.classes)} names came"
             )
         classes = named_classes(request.classes)
-    if isinstance(network, OwnNetwork):
+    if isinstance(network, OwnNetwork | OwnInstanceNetwork):
         height, width = network.size
     elif request.size is not None:
         height, width = parse_size(request.size, multiple=network.stride)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
+from typing import Any
 
 from edgeseg.errors import RequestError
 from edgeseg.export.distillation import Distillation
 from edgeseg.export.models import definition
 from edgeseg.tomlfile import read_toml
 
-__all__ = ["LOSSES", "OPTIMIZERS", "Recipe", "Source", "sources_of"]
+__all__ = ["FRAMES_PREFIX", "LOSSES", "OPTIMIZERS", "Recipe", "Source", "sources_of"]
 
 LOSSES = ("ohem", "bootstrapped")
+#: what the URI of frames without labels begins with
+FRAMES_PREFIX = "frames:"
 #: samples of a batch, if nobody says
 _BATCH = 8
 #: beginning of a model's name -> recipe of its authors
@@ -32,6 +35,7 @@ OPTIMIZERS = ("adamw", "sgd")
 class Source:
     """One data set of a recipe: its URI, its split, and how many samples of each batch it gives.
 
+    A URI ``frames:`` names a folder, a list or a video without labels, for runs with a teacher.
     ``augment``: how much of the recipe's scale, aspect and colour changes its samples get, 0 to 1.
     """
 
@@ -39,6 +43,11 @@ class Source:
     share: int
     split: str = "train"
     augment: float = 1.0
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether these are frames without labels."""
+        return self.uri.startswith(FRAMES_PREFIX)
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,10 @@ class Recipe:
         if not self.sources:
             raise RequestError(
                 "training needs data: name at least one [[source]] in the recipe, or give --data"
+            )
+        if any(source.uri == FRAMES_PREFIX for source in self.sources):
+            raise RequestError(
+                f"{FRAMES_PREFIX} goes on with a folder, a list or a video: {FRAMES_PREFIX}DIR"
             )
         if any(not isinstance(source.share, int) or source.share < 1 for source in self.sources):
             raise RequestError("the share of a source is a whole number of samples, 1 or more")
@@ -141,11 +154,23 @@ class Recipe:
         ``model``: what it is for, which a recipe that names a model must agree with. ``sources``
         take the place of its own.
         """
-        values = read_toml(path)
+        return cls.from_dict(
+            read_toml(path), name=f"the recipe {path}", model=model, sources=sources
+        )
+
+    @classmethod
+    def from_dict(
+        cls,
+        values: Mapping[str, Any],
+        *,
+        name: str = "the recipe",
+        model: str | None = None,
+        sources: tuple[Source, ...] = (),
+    ) -> Recipe:
+        """As ``read``, of the plain values in such a file; ``name`` is what errors call it."""
+        values = dict(values)
         if model is not None and values.setdefault("model", model) != model:
-            raise RequestError(
-                f"the recipe {path} is for {values['model']}, and {model} is to be trained"
-            )
+            raise RequestError(f"{name} is for {values['model']}, and {model} is to be trained")
         try:
             own = tuple(Source(**entry) for entry in values.pop("source", []))
             for key in ("crop", "scale"):
@@ -157,7 +182,7 @@ class Recipe:
                 values["distillation"] = Distillation(**table)
             return cls(sources=sources or own, **values)
         except TypeError as error:
-            raise RequestError(f"the recipe {path} does not fit: {error}") from error
+            raise RequestError(f"{name} does not fit: {error}") from error
 
     @classmethod
     def published(cls, model: str, sources: tuple[Source, ...]) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edgeseg.classes import ClassList
 from edgeseg.dataset import Dataset, open_dataset
-from edgeseg.errors import DataError
+from edgeseg.errors import DataError, RequestError
 from edgeseg.export.augment import Augmentation
 from edgeseg.export.losses import (
     bootstrapped_cross_entropy,
@@ -24,8 +24,11 @@ from edgeseg.export.models import create_semantic
 from edgeseg.export.models.network import Network
 from edgeseg.export.models.semantic import SemanticNetwork
 from edgeseg.export.preprocess import evaluate_network
-from edgeseg.export.recipe import Recipe
+from edgeseg.export.recipe import FRAMES_PREFIX, Recipe
 from edgeseg.export.training_task import Batch, Batches, Score, TrainingTask
+
+if TYPE_CHECKING:
+    from edgeseg.export.distill import Teacher
 
 __all__ = ["SemanticBatches", "SemanticTraining", "SemanticTruth"]
 
@@ -80,20 +83,41 @@ class SemanticBatches(Batches[SemanticTruth]):
 class SemanticTraining(TrainingTask[SemanticTruth]):
     """A semantic network.
 
-    ``validate``: (URI, split) of the sets that ``scores`` looks at. Raises DataError when data sets
-    disagree about their classes, or hold no labels.
+    ``validate``: (URI, split) of the sets that ``scores`` looks at. ``teacher`` labels sources of
+    frames that have no labels. Raises DataError when data sets disagree about their classes, or
+    hold no labels, and RequestError for frames without labels and without a teacher.
     """
 
     network: SemanticNetwork
 
-    def __init__(self, recipe: Recipe, validate: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        validate: Sequence[tuple[str, str]],
+        teacher: Teacher | None = None,
+    ) -> None:
         self._recipe = recipe
-        datasets = [open_dataset(source.uri, source.split) for source in recipe.sources]
+        opened = {
+            source: open_dataset(source.uri, source.split)
+            for source in recipe.sources
+            if not source.unlabelled
+        }
         self._checks = [open_dataset(uri, split) for uri, split in validate]
-        self._classes = _common_classes([*datasets, *self._checks])
+        labelled = [*opened.values(), *self._checks]
+        if teacher is None and any(source.unlabelled for source in recipe.sources):
+            raise RequestError(
+                f"{FRAMES_PREFIX} has no labels, so a teacher gives them; name one with "
+                "`edgeseg distill ... --teacher`"
+            )
+        known = [] if teacher is None else [teacher.classes]
+        self._classes = _common_classes(labelled) if labelled else known[0]
         self.network = create_semantic(
             recipe.model, len(self._classes.names), auxiliary_heads=recipe.auxiliary_heads
         )
+        datasets = [
+            opened[source] if source in opened else self._frames(source.uri, teacher)
+            for source in recipe.sources
+        ]
         self._weights = _class_weights(
             datasets, recipe.class_weights, np.random.default_rng(recipe.seed)
         )
@@ -139,6 +163,22 @@ class SemanticTraining(TrainingTask[SemanticTruth]):
                 Score(f"{dataset.title} mIoU", miou, f"{dataset.title}: mIoU {miou:.4f}  {named}")
             )
         return found
+
+    def _frames(self, uri: str, teacher: Teacher | None) -> Dataset:
+        settings = self._recipe.distillation
+        assert teacher is not None
+        assert settings is not None
+        # Training alone does without the onnx package.
+        from edgeseg.export.pseudo import PseudoLabelled
+
+        return PseudoLabelled(
+            uri,
+            teacher,
+            self._classes,
+            size=teacher.size or self._size(),
+            count=settings.frames,
+            confidence=settings.confidence,
+        )
 
     def _size(self) -> tuple[int, int]:
         """Network size for validation: ``full_height`` high, 5 to 4 wide, both to the stride."""

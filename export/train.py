@@ -172,7 +172,7 @@ class _Run:
         entry = definition(recipe.model)
         self._preprocessing = entry.preprocessing
         self._task: TrainingTask[Any] = (
-            SemanticTraining(recipe, validate)
+            SemanticTraining(recipe, validate, teacher)
             if entry.task == "semantic"
             else InstanceTraining(recipe, validate)
         )

@@ -20,7 +20,12 @@ from edgeseg.errors import RequestError, WeightsError
 from edgeseg.export.own import IMAGENET, first_line
 from edgeseg.spec import Preprocessing
 
-__all__ = ["Pretrained", "logits_of_transformer", "read_pretrained"]
+__all__ = [
+    "Pretrained",
+    "instances_of_transformer",
+    "logits_of_transformer",
+    "read_pretrained",
+]
 
 #: how the classes of transformers that segment are called
 _KINDS = (
@@ -107,6 +112,30 @@ def logits_of_transformer(result: Any) -> Tensor:
         return _of_queries(result.logits, result.pred_masks)
     logits: Tensor = result.logits
     return logits
+
+
+def instances_of_transformer(result: Any) -> dict[str, Tensor]:
+    """The raw detections of what a transformers model returns: see `edgeseg.export.own_instance`.
+
+    Each query is a candidate. MaskFormer and Mask2Former multiply its score by the mean probability
+    of the samples that its mask covers, as those papers' instance inference does; DETR has boxes.
+    RequestError for a model that gives classes per pixel only.
+    """
+    if hasattr(result, "masks_queries_logits"):
+        masks = result.masks_queries_logits
+        covered = (masks > 0).to(masks.dtype)
+        sure = (masks.sigmoid() * covered).sum(dim=(2, 3)) / (covered.sum(dim=(2, 3)) + 1e-6)
+        scores = result.class_queries_logits.softmax(dim=-1)[..., :-1]
+        return {"scores": scores * sure[..., None], "masks": masks}
+    if hasattr(result, "pred_masks"):
+        return {
+            "boxes_cxcywh": result.pred_boxes,
+            "scores": result.logits.softmax(dim=-1)[..., :-1],
+            "masks": result.pred_masks,
+        }
+    raise RequestError(
+        f"a {type(result).__name__} has classes per pixel and no objects; leave --task instance out"
+    )
 
 
 def _of_queries(classes: Tensor, masks: Tensor) -> Tensor:

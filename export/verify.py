@@ -19,6 +19,7 @@ from edgeseg.errors import EngineError, RequestError
 from edgeseg.export.models import InstanceNetwork, SemanticNetwork
 from edgeseg.export.models.instance import FoundInstances
 from edgeseg.export.own import OwnNetwork
+from edgeseg.export.own_instance import OwnInstanceNetwork
 from edgeseg.export.preprocess import network_input
 from edgeseg.frame import Pixels
 from edgeseg.geometry import Geometry
@@ -177,7 +178,9 @@ def verify(
         comparisons = _compared_instances(network, bundle, inputs, runs, progress)
     else:
         comparisons = _compared_class_maps(network, bundle, inputs, runs, progress)
-    reference = network.reference if isinstance(network, OwnNetwork) else "PyTorch"
+    reference = "PyTorch"
+    if isinstance(network, OwnNetwork | OwnInstanceNetwork):
+        reference = network.reference
     found = Verification(data, len(inputs), tuple(comparisons), reference)
     if not all(comparison.is_right for comparison in comparisons):
         what = "instances" if isinstance(network, InstanceNetwork) else "masks"

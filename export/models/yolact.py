@@ -42,6 +42,8 @@ __all__ = [
     "YolactResNet18",
     "YolactResNet50",
     "YolactResNet101",
+    "chosen",
+    "cropped",
     "decoded",
     "mask_probabilities",
     "selected",
@@ -419,8 +421,14 @@ def selected(
     background. Every candidate takes part, however many there are. A prior whose scores or box are
     no finite numbers is none.
     """
-    scores = torch.softmax(conf, dim=1)[:, 1:]
-    boxes = decoded(loc, priors)
+    return chosen(torch.softmax(conf, dim=1)[:, 1:], decoded(loc, priors), selection)
+
+
+def chosen(scores: Tensor, boxes: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (n,) of the candidates that are detections, their labels and scores, best first.
+
+    ``scores`` (A, classes) probabilities without a background, ``boxes`` (A, 4) xyxy in any unit.
+    """
     best, label_of_best = scores.max(dim=1)
     usable = (best > selection.score_threshold) & boxes.isfinite().all(dim=1)
     candidates = usable.nonzero()[:, 0]
@@ -434,8 +442,10 @@ def selected(
         ]
     for rows, group_scores, labels in groups:
         order = group_scores.argsort(descending=True, stable=True)[: selection.per_class]
-        overlaps = _overlaps(boxes[rows[order]]).tril(diagonal=-1) > selection.iou_threshold
-        order = order[~overlaps.any(dim=1)]
+        # No two boxes overlap by more than all, but for rounding.
+        if selection.iou_threshold < 1:
+            overlaps = _overlaps(boxes[rows[order]]).tril(diagonal=-1) > selection.iou_threshold
+            order = order[~overlaps.any(dim=1)]
         found.append((rows[order], labels[order], group_scores[order]))
     rows, labels, kept = (torch.cat(parts) for parts in zip(*found, strict=True))
     order = kept.argsort(descending=True, stable=True)[: selection.capacity]
@@ -456,8 +466,12 @@ def mask_probabilities(prototypes: Tensor, coefficients: Tensor, boxes: Tensor) 
 
     ``prototypes`` (h, w, channels), ``coefficients`` (n, channels), ``boxes`` (n, 4) relative.
     """
-    height, width = prototypes.shape[:2]
-    masks = torch.sigmoid(prototypes @ coefficients.T).permute(2, 0, 1)
+    return cropped(torch.sigmoid(prototypes @ coefficients.T).permute(2, 0, 1), boxes)
+
+
+def cropped(masks: Tensor, boxes: Tensor) -> Tensor:
+    """``masks`` (n, h, w), zero outside of ``boxes`` (n, 4), as ``mask_probabilities`` has them."""
+    height, width = masks.shape[1:]
     y = torch.arange(height, dtype=boxes.dtype)[None, :, None]
     x = torch.arange(width, dtype=boxes.dtype)[None, None, :]
     x1, y1, x2, y2 = (boxes * boxes.new_tensor([width, height, width, height])).T[:, :, None, None]
