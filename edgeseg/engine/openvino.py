@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from typing import Any
 
@@ -22,7 +24,7 @@ from edgeseg.frame import Pixels
 from edgeseg.result import AnyOutputs
 from edgeseg.spec import ModelSpec
 
-__all__ = ["OpenVinoEngine", "new_core", "open_engine"]
+__all__ = ["OpenVinoEngine", "open_engine", "shared_core"]
 
 
 class OpenVinoEngine(OneAtATime):
@@ -44,7 +46,7 @@ class OpenVinoEngine(OneAtATime):
         if threads:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
-            core = new_core()
+            core = shared_core()
             model = core.read_model(content)
             compiled = core.compile_model(model, "CPU", options)
         except RuntimeError as error:
@@ -99,8 +101,22 @@ class OpenVinoEngine(OneAtATime):
         self._request = None
 
 
-def new_core() -> openvino.Core:
-    """OpenVINO, with the operators of EdgeSeg's graphs that its ONNX reader does not know."""
+_core_lock = threading.Lock()
+
+
+def shared_core() -> openvino.Core:
+    """OpenVINO, with the operators of EdgeSeg's graphs that its ONNX reader does not know.
+
+    One for the life of the process. The CPU plugin gives the thread that it is loaded in a stack
+    for signals, and takes it away when the last core goes: if that is in another thread, the first
+    one keeps the address of nothing, and dies of its next signal, such as Ctrl-C.
+    """
+    with _core_lock:
+        return _made_core()
+
+
+@functools.cache
+def _made_core() -> openvino.Core:
     core = openvino.Core()
     core.add_extension(ConversionExtension("DeformConv", _deformable_convolution))
     return core

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -290,3 +291,31 @@ def test_shipped_model_is_the_same_on_all() -> None:
         maps.append(engine.run(image).class_map)
         engine.close()
     assert all((found != maps[0]).mean() < 1e-3 for found in maps)
+
+
+_SIGNALLED = """
+import signal, subprocess, threading
+from edgeseg.bundle import Bundle
+from edgeseg.engine import open_engine
+
+signal.signal(signal.SIGCHLD, lambda *_: None)
+engines = [open_engine(Bundle.open("streets"), "openvino", threads=1, check=False)]
+
+def end():
+    engines.pop().close()
+
+thread = threading.Thread(target=end)
+thread.start()
+thread.join()
+subprocess.run(["true"], check=True)
+print("alive")
+"""
+
+
+def test_a_signal_after_an_engine_went_in_another_thread() -> None:
+    """OpenVINO's plugin lends its thread a stack for signals; see ``shared_core``."""
+    pytest.importorskip("openvino")
+    found = subprocess.run(
+        [sys.executable, "-c", _SIGNALLED], capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stdout.strip()) == (0, "alive"), found.stderr

@@ -151,10 +151,10 @@ def in_onnxruntime(content: bytes, x: NDArray[np.float32]) -> NDArray[Any]:
 
 def in_openvino(content: bytes, x: NDArray[np.float32]) -> NDArray[Any]:
     pytest.importorskip("openvino", reason="openvino is not installed")
-    from edgeseg.engine.openvino import new_core
+    from edgeseg.engine.openvino import shared_core
 
     options = {"INFERENCE_PRECISION_HINT": "f32"}
-    core = new_core()
+    core = shared_core()
     compiled: Any = core.compile_model(core.read_model(content), "CPU", options)
     return np.array(compiled(x)[0])
 
