@@ -84,9 +84,19 @@ def open_teacher(name: str, model: str, crop: tuple[int, int]) -> Teacher:
 
 
 class DistilledTask(TrainingTask[Any]):
-    """``task`` with a ``teacher``: see `Distillation` for the loss."""
+    """``task`` with a ``teacher``: see `Distillation` for the loss.
 
-    def __init__(self, task: TrainingTask[Any], teacher: Teacher, settings: Distillation) -> None:
+    ``precision``: what the teacher computes in, None for float32.
+    """
+
+    def __init__(
+        self,
+        task: TrainingTask[Any],
+        teacher: Teacher,
+        settings: Distillation,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        self._precision = precision
         self.network = task.network
         self.batches = task.batches
         self._task = task
@@ -107,7 +117,13 @@ class DistilledTask(TrainingTask[Any]):
         """See ``TrainingTask.losses``."""
         settings = self._settings
         self._teacher.network.to(device)
-        wanted = self._teacher(batch.images.to(device))
+        # In the precision that the student learns in: rounding is little beside what it has to learn.
+        with torch.autocast(
+            device.type,
+            dtype=self._precision or torch.bfloat16,
+            enabled=self._precision is not None,
+        ):
+            wanted = self._teacher(batch.images.to(device))
         parts: dict[str, Tensor] = {}
         if settings.alpha:
             labels = self._task.losses(found, batch, device)

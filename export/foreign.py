@@ -8,9 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +28,9 @@ from edgeseg.export.own_instance import (
 from edgeseg.export.tail import take_off_tail
 from edgeseg.export.weights import read_weights
 from edgeseg.spec import Preprocessing
+
+if TYPE_CHECKING:
+    import onnx
 
 __all__ = [
     "Adapter",
@@ -371,7 +373,7 @@ def instances_of_module(
     check_pictures(found, size)
     adapted.names = form.names
     graph = _traced(adapted, size, name, tuple(f"edgeseg.raw.{key}" for key in form.names))
-    check_static(graph, name)
+    check_static(graph, OPSET, name)
     free_names(graph)
     return OwnInstanceNetwork(
         adapted,

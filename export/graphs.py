@@ -244,9 +244,9 @@ def instances_of_file(
     )
     check_pictures(found, (height, width))
     model = _converted(_with_only_outputs(model, outputs), path)
-    check_static(model.graph, path)
     graph = _graph_of(model, sides, source.type.tensor_type.elem_type, channels_last=channels_last)
     _take_outputs(graph, kinds, columns, (height, width))
+    check_static(graph, _opset(model), path)
     return OwnInstanceNetwork(
         source_network,
         graph,

@@ -57,6 +57,11 @@ class OwnOptions:
     least_score: float | None = None
     overlap: float | None = None
 
+    def __post_init__(self) -> None:
+        for option, value in (("--least-score", self.least_score), ("--overlap", self.overlap)):
+            if value is not None and not 0 <= value <= 1:
+                raise RequestError(f"{option} is between 0 and 1, and {value} came")
+
     def preprocessing(self, default: Preprocessing = IMAGENET) -> Preprocessing:
         """The normalisation asked for; what was left open is ``default``'s.
 

@@ -39,6 +39,7 @@ from edgeseg.export.models.instance import FoundInstances, InstanceNetwork
 from edgeseg.export.models.selection import Selection
 from edgeseg.export.models.yolact import chosen, cropped, mask_probabilities
 from edgeseg.export.own import weights_in
+from edgeseg.export.tail import static_shapes
 from edgeseg.spec import ModelSpec, Preprocessing
 
 __all__ = [
@@ -73,7 +74,7 @@ _WIDER = 1 / 16
 # More than any prototype network has, and what the kernels take.
 _MOST_PROTOTYPES = 4096
 # What gives tensors whose size depends on the picture.
-_DYNAMIC = ("NonZero", "NonMaxSuppression", "Compress", "Unique", "Loop", "SequenceConstruct")
+_DYNAMIC = ("NonZero", "NonMaxSuppression", "Compress", "Unique")
 _SHOWN = 4
 
 
@@ -238,9 +239,10 @@ def check_pictures(found: Sequence[Mapping[str, Tensor]], size: tuple[int, int])
                     "and an engine wants one; return all candidates, before any selection"
                 )
     for name in first:
-        if any(bool(raw[name].isnan().any()) for raw in found):
+        # Of one alone it may come of a picture that is grey all over.
+        if all(bool(raw[name].isnan().any()) for raw in found):
             raise RequestError(
-                f"{name} hold values that are no numbers, already for a grey or a noisy picture; "
+                f"{name} hold values that are no numbers, for a grey picture and a noisy one; "
                 "take weights from before the training diverged"
             )
     scores = torch.cat([raw["scores"].float().flatten() for raw in found])
@@ -270,10 +272,11 @@ def check_pictures(found: Sequence[Mapping[str, Tensor]], size: tuple[int, int])
             )
 
 
-def check_static(graph: onnx.GraphProto, name: str) -> None:
+def check_static(graph: onnx.GraphProto, opset: int, name: str) -> None:
     """RequestError when ``graph``, of the network ``name``, selects by itself."""
     kinds = sorted({node.op_type for node in graph.node if node.op_type in _DYNAMIC})
-    if kinds:
+    # Also a network of one size may use them, to write where a condition holds.
+    if kinds and not {output.name for output in graph.output} <= set(static_shapes(graph, opset)):
         raise RequestError(
             f"{name} selects its detections itself ({', '.join(kinds)}), so that their number "
             "depends on the picture, and an engine wants one; export it without that part: "
@@ -336,6 +339,8 @@ class OwnInstanceNetwork(InstanceNetwork):
         self._least_score = _LEAST_SCORE if least_score is None else least_score
         default = _OVERLAP if form.is_assembled else 1.0
         self._overlap = default if overlap is None else overlap
+        # Refuses what the rules cannot be.
+        self.selection(1)
 
     def selection(self, capacity: int) -> Selection:
         """The rules for ``capacity`` detections; RequestError when they cannot be."""

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper, shape_inference
 
-__all__ = ["Tail", "remove_unused", "take_off_tail"]
+__all__ = ["Tail", "remove_unused", "static_shapes", "take_off_tail"]
 
 _PASSES = ("Identity", "Dropout")
 
@@ -56,7 +56,7 @@ def take_off_tail(
     if full:
         node = producers.get(end)
         if node is not None and node.op_type == "Resize":
-            align_corners = _upsampling(node, _shapes(graph, opset), shape, graph)
+            align_corners = _upsampling(node, static_shapes(graph, opset), shape, graph)
         if node is not None and align_corners is not None:
             end = node.input[0]
             _, below, soft_below = _before_probabilities(end, producers)
@@ -150,7 +150,7 @@ def _attribute(node: onnx.NodeProto, name: str, default: object) -> object:
     return default
 
 
-def _shapes(graph: onnx.GraphProto, opset: int) -> dict[str, tuple[int, ...]]:
+def static_shapes(graph: onnx.GraphProto, opset: int) -> dict[str, tuple[int, ...]]:
     """Names of the tensors whose shape is static -> shape."""
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     inferred = shape_inference.infer_shapes(model, data_prop=True).graph

@@ -183,7 +183,9 @@ class _Run:
             # Training alone does without the onnx package.
             from edgeseg.export.distill import DistilledTask
 
-            self._task = DistilledTask(self._task, teacher, recipe.distillation)
+            self._task = DistilledTask(
+                self._task, teacher, recipe.distillation, _precision(recipe, device)
+            )
         # In place. torch's stubs leave this argument out, and the next function untyped.
         self._network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._decay = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average)  # type: ignore[no-untyped-call]

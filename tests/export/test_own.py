@@ -235,6 +235,7 @@ QUICK = {
     "a sigmoid at full size",
     "a sigmoid before the upsampling",
     "edgeseg export unet:UNet",
+    "edgeseg export queries:Queries",
     "edgeseg export model.onnx",
 }
 
@@ -365,7 +366,7 @@ REFUSED = {
     "no spread": ("owned.nets:low", ["--mean", "0,0,0", "--std", "1,0,1"], ["std above zero"]),
     "scale alone": ("owned.nets:low", ["--scale", "255"], ["--mean and --std"]),
     "an output's name": ("owned.nets:low", ["--output-name", "y"], ["--output-name does not go"]),
-    "instances": ("owned.nets:low", ["--task", "instance"], ["semantic"]),
+    "instances": ("owned.nets:low", ["--task", "instance"], ["boxes", "a Tensor came"]),
     "confidence of probabilities": ("owned.nets:soft_low", ["--confidence"], ["probabilities"]),
     "no checkpoint": ("owned.nets:low", ["--weights", "gone.pt"], ["gone.pt does not exist"]),
     "no file": ("gone.onnx", [], ["no file gone.onnx"]),
@@ -725,7 +726,7 @@ COMMANDS = [
 ]
 
 
-def test_the_page_has_its_five_walks() -> None:
+def test_the_page_has_its_walks() -> None:
     assert [command.split()[2] for command in COMMANDS] == [
         "fcn:FCN",
         "unet:UNet",
@@ -733,6 +734,8 @@ def test_the_page_has_its_five_walks() -> None:
         "pspnet:PSPNet",
         "model.onnx",
         "hf:segformer",
+        "finder:Finder",
+        "queries:Queries",
     ]
 
 
@@ -758,6 +761,12 @@ def test_the_page_says_what_works(
     monkeypatch.delitem(sys.modules, stem, raising=False)
     (target,) = [path for path in tmp_path.iterdir() if (path / "bundle.json").is_file()]
     assert target.name == command.rsplit(maxsplit=1)[-1]
+    if "--task instance" in command:
+        # A quarter of the size, as its prototypes are, and an eighth, as its features.
+        rows, columns = {"finder": (24, 32), "queries": (12, 16)}[stem]
+        spec = Bundle.open(target).spec
+        assert (spec.task, spec.mask_height, spec.mask_width) == ("instance", rows, columns)
+        return
     # The U-Net ends in a convolution at full size; from all others the head takes its work over.
     assert resizes(target)[-1] == HEAD
     assert Bundle.open(target).manifest["verification"]["engines"]

@@ -25,8 +25,10 @@ from edgeseg.engine import cpu_engines, open_engine
 from edgeseg.export import package
 from edgeseg.export.own import IMAGENET
 from edgeseg.export.transformers_models import _preprocessing
+from edgeseg.instances import InstanceOutputs
 from edgeseg.result import Outputs
 from edgeseg.spec import Preprocessing
+from tests.export.test_own_instance import check_alike, expected
 
 # By its name, so that type checkers don't read all of it.
 transformers: Any = importlib.import_module("transformers")
@@ -215,6 +217,58 @@ def test_a_folder_becomes_a_bundle(name: str, tmp_path: Path) -> None:
             assert isinstance(outputs, Outputs)
             assert np.array_equal(outputs.class_map[sure], wanted.argmax(axis=0)[sure])
         engine.close()
+
+
+def raw_detections(model: Any, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    """By loops over the queries, in the model's own attention."""
+    x = (pixels[..., ::-1].astype(np.float64) / 255 - PICTURES["image_mean"]) / PICTURES[
+        "image_std"
+    ]
+    with torch.inference_mode():
+        found = model(torch.from_numpy(x.transpose(2, 0, 1)[None].copy()).float())
+    has_boxes = hasattr(found, "pred_masks")
+    kinds = found.logits if has_boxes else found.class_queries_logits
+    masks = (found.pred_masks if has_boxes else found.masks_queries_logits).double().numpy()
+    scores = kinds.double().numpy()
+    scores = np.exp(scores) / np.exp(scores).sum(axis=2, keepdims=True)
+    scores = scores[..., : len(NAMES)]
+    if has_boxes:
+        boxes = found.pred_boxes.double().numpy()
+        return {"boxes_cxcywh": boxes, "scores": scores, "masks": masks}
+    for query, mask in enumerate(masks[0]):
+        inside = mask[mask > 0]
+        scores[0, query] *= (1 / (1 + np.exp(-inside))).mean() if inside.size else 0
+    return {"scores": scores, "masks": masks}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["maskformer", "mask2former", "detr"])
+def test_a_folder_of_queries_becomes_an_instance_bundle(name: str, tmp_path: Path) -> None:
+    folder, target = tmp_path / "published", tmp_path / "mine"
+    model = saved(MODELS[name], folder, PICTURES)
+    arguments = ["export", f"hf:{folder}", "--task", "instance", "--size", "64x96"]
+    assert main([*arguments, "-o", str(target)]) == 0
+    bundle = Bundle.open(target)
+    assert (bundle.spec.task, bundle.spec.classes) == ("instance", tuple(NAMES.values()))
+    for engine_name in cpu_engines():
+        engine = open_engine(bundle, engine_name)
+        for seed in range(2):
+            pixels = np.random.default_rng(seed).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+            raw = raw_detections(model, pixels)
+            wanted = expected(raw, SIZE, capacity=100, least=0.05, overlap=1.0)
+            outputs = engine.run(pixels)
+            assert isinstance(outputs, InstanceOutputs)
+            assert len(wanted["scores"]) > 2
+            check_alike({key: getattr(outputs, key) for key in wanted}, wanted)
+        engine.close()
+
+
+def test_a_model_of_classes_per_pixel_finds_no_objects(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["export", f"hf:{published}", "--task", "instance", "--size", "64x96"]
+    assert main([*arguments, "-o", str(tmp_path / "mine")]) == 2
+    assert "classes per pixel and no objects" in capsys.readouterr().err
 
 
 @pytest.mark.slow
