@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := edgeseg export calibration kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all lint lint-tensorrt tensorrt-stubs format bench bench-int8 gpu nvcc clean
+.PHONY: demo test test-all lint lint-tensorrt tensorrt-stubs format bench bench-compression bench-int8 gpu nvcc clean
 
 demo: $(VENV)/.device
 	$(BIN)/edgeseg demo
@@ -48,6 +48,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_start.py --json benchmarks/results/start.json
 	$(BIN)/python benchmarks/bench_mask_assembly.py --json benchmarks/results/mask_assembly.json
 	$(BIN)/python benchmarks/bench_instance_end_to_end.py --json benchmarks/results/instance_end_to_end.json
+
+# Pruning, distillation and INT8, step by step: needs CamVid as the folder camvid, and hours.
+bench-compression: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_compression.py --work build/compression --seeds 3 --json benchmarks/results/compression.json
 
 # Against other quantizers: needs CamVid (DATA=camvid:DIR), Python 3.11, and some GB in build/peers.
 DATA := camvid:camvid

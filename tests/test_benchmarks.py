@@ -62,6 +62,7 @@ def numbers(value: object) -> list[float]:
             ("torch", "onnx", "onnxscript", "onnxruntime", "openvino"),
             ("total_ms", "eager_ms", "of_eager", "post_share", "graph_head_ms"),
         ),
+        ("bench_compression.py", ("torch", "onnx", "onnxscript", "torch_pruning"), ()),
     ],
 )
 def test_quick_run_writes_its_figures(
