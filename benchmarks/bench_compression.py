@@ -5,8 +5,9 @@ table: accuracy and milliseconds of every step, measured in turn on the same pic
 are there already from an earlier run are not made again, only measured.
 
 With --seeds N it also trains the first pruned checkpoint N times with its teacher and N times
-without, from the same seeds and for the same number of steps (--steps), and says which is better on
-all labelled pictures: what the teacher is worth. Both are evaluated by PyTorch.
+without, from the same seeds and for the same number of steps (--steps), on crops of the same size
+(--crop, the recipe's if left out), and says which is better on all labelled pictures: what the
+teacher is worth. Both are evaluated by PyTorch.
 
     python benchmarks/bench_compression.py [RECIPE.toml] [--work DIR] [--seeds 3] [--json FILE]
 
@@ -73,21 +74,19 @@ def miou(recipe: CompressionRecipe, checkpoint: Path, size: tuple[int, int]) -> 
 
 
 def seeds(
-    recipe: CompressionRecipe, steps: Path, work: Path, count: int, length: int
+    recipe: CompressionRecipe, steps: Path, work: Path, count: int, settings: Recipe
 ) -> list[dict[str, float]]:
     """mIoU with and without the teacher, for each seed."""
-    assert recipe.train is not None
-    assert recipe.train.distillation is not None
     assert recipe.size is not None
     size = parse_size(recipe.size)
     pruned = next(steps.glob("1-pruned*.pt"))
-    teacher = open_teacher(str(steps / "0-original"), recipe.architecture, recipe.train.crop)
+    teacher = open_teacher(str(steps / "0-original"), recipe.architecture, settings.crop)
     found = []
     for seed in range(count):
-        settings = replace(recipe.train, steps=length, seed=seed)
+        settings = replace(settings, seed=seed)
         row: dict[str, float] = {"seed": seed}
         for name, with_teacher in (("distilled", True), ("fine_tuned", False)):
-            file = work / f"{name}-{seed}-{length}.pt"
+            file = work / f"{name}-{seed}-{settings.steps}.pt"
             if not file.exists():
                 with progress(f"{name}, seed {seed}") as update:
                     train(
@@ -115,6 +114,7 @@ def main() -> int:
     parser.add_argument("--engine", help="openvino or onnxruntime")
     parser.add_argument("--seeds", type=int, default=0, help="trainings with and without a teacher")
     parser.add_argument("--steps", type=int, default=300, help="of each of these")
+    parser.add_argument("--crop", metavar="HxW", help="of each of these")
     add_output_arguments(parser)
     options = parser.parse_args()
     recipe = miniature() if options.quick else CompressionRecipe.read(options.recipe)
@@ -132,8 +132,11 @@ def main() -> int:
         say(made.report.render())
         figures = made.report.to_dict()
         trained: list[dict[str, float]] = []
-        if options.seeds:
-            trained = seeds(recipe, made.steps, work, options.seeds, options.steps)
+        if options.seeds and recipe.train is not None and recipe.train.distillation is not None:
+            settings = replace(recipe.train, steps=options.steps)
+            if options.crop is not None:
+                settings = replace(settings, crop=parse_size(options.crop))
+            trained = seeds(recipe, made.steps, work, options.seeds, settings)
             gains = [(row["distilled"] - row["fine_tuned"]) * 100 for row in trained]
             say(
                 f"distillation against fine-tuning, {options.steps} steps each: "
@@ -149,7 +152,9 @@ def main() -> int:
                 "quick": options.quick,
                 "rows": figures.pop("steps"),
                 **figures,
-                "seeds": {"steps": options.steps, "rows": trained} if trained else None,
+                "seeds": {"steps": options.steps, "crop": options.crop, "rows": trained}
+                if trained
+                else None,
             },
         )
     return 0
