@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from edgeseg.export.models import InstanceNetwork, create, definition
+from edgeseg.export.models import InstanceNetwork, SemanticNetwork, create, definition
 from edgeseg.export.onnx import OPSET, export_network, traced
 from edgeseg.onnxfile import OnnxFile
 from edgeseg.spec import ModelSpec
@@ -234,6 +234,7 @@ def graph(name: str, height: int, width: int) -> bytes:
     kind = definition(name)
     objects = kind.task == "instance"
     network = create(name, _OBJECTS + 1 if objects else _SEMANTIC)
+    assert isinstance(network, SemanticNetwork | InstanceNetwork)
     count = _OBJECTS if objects else _SEMANTIC
     masks = network.mask_size(height, width) if isinstance(network, InstanceNetwork) else (0, 0)
     spec = ModelSpec(

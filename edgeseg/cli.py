@@ -149,6 +149,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine(profile)
     _add_json(profile)
 
+    estimate = _command(
+        commands, "estimate", _estimate, "how fast it may be on a board that is not here"
+    )
+    estimate.add_argument("bundle", metavar="BUNDLE")
+    estimate.add_argument(
+        "--device", default="all", metavar="NAME", help="such as orin-nano-8gb; all Jetsons if not"
+    )
+    estimate.add_argument(
+        "--precision",
+        choices=("graph", "fp32", "fp16", "int8"),
+        default="graph",
+        help="what if all of it were so; the graph's own otherwise",
+    )
+    estimate.add_argument("--tf32", action="store_true", help="of an engine of build --tf32")
+    estimate.add_argument("--report", metavar="FILE.html")
+    _add_json(estimate)
+
     evaluate = _command(commands, "eval", _eval, "measure accuracy on labelled pictures")
     evaluate.add_argument("bundle", metavar="BUNDLE")
     evaluate.add_argument(
@@ -801,6 +818,22 @@ def _profile(options: argparse.Namespace) -> int:
         if options.report is not None:
             found.report().write(options.report)
         _tell(options, found.render(), found.to_dict())
+    return 0
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    from edgeseg.bundle import Bundle
+    from edgeseg.estimate import devices, estimate
+
+    _check_json(options)
+    _check_file(options.report)
+    chosen = devices(options.device)
+    found = estimate(
+        Bundle.open(options.bundle), chosen, precision=options.precision, tf32=options.tf32
+    )
+    if options.report is not None:
+        found.report().write(options.report)
+    _tell(options, found.render(), found.to_dict())
     return 0
 
 

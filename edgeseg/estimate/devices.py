@@ -51,28 +51,33 @@ class Device:
     source: str
     peak_doubt: float = 0.0
 
-    def peak(self, precision: Precision, *, tensor: bool) -> tuple[float, Precision]:
+    def peak(
+        self, precision: Precision, *, tensor: bool, tf32: bool = False
+    ) -> tuple[float, Precision]:
         """(operations a second, the precision it is for) of work that asks for ``precision``.
 
         What a device cannot do it does in the next wider precision that it can. ``tensor``: whether
-        the work is a matrix product, which tensor cores take.
+        the work is a matrix product, which tensor cores take; ``tf32``: whether fp32 may be rounded
+        to TF32 for them.
         """
-        if precision in ("int8", "fp8") and tensor and self.int8_tops is not None:
-            return self.int8_tops * 1e12, "int8"
+        half = self.tensor_fp16_tflops or 0.0
+        # Where only DP4A does INT8, tensor cores may be faster with fp16, and engines take these.
+        if precision in ("int8", "fp8") and tensor and (self.int8_tops or 0.0) > half:
+            return (self.int8_tops or 0.0) * 1e12, "int8"
         if precision != "fp32":
             if tensor and self.tensor_fp16_tflops is not None:
                 return self.tensor_fp16_tflops * 1e12, "fp16"
             if self.fp16_tflops is not None:
                 return self.fp16_tflops * 1e12, "fp16"
-        if tensor and self.tensor_tf32_tflops is not None:
+        if tensor and tf32 and self.tensor_tf32_tflops is not None:
             return self.tensor_tf32_tflops * 1e12, "fp32"
         return self.fp32_tflops * 1e12, "fp32"
 
-    def has_tensor_cores(self, precision: Precision) -> bool:
+    def has_tensor_cores(self, precision: Precision, *, tf32: bool = False) -> bool:
         """Whether matrix products of ``precision`` run on tensor cores."""
-        _, taken = self.peak(precision, tensor=True)
+        _, taken = self.peak(precision, tensor=True, tf32=tf32)
         if taken == "fp32":
-            return self.tensor_tf32_tflops is not None
+            return tf32 and self.tensor_tf32_tflops is not None
         return self.tensor_fp16_tflops is not None
 
 

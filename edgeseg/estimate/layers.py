@@ -322,7 +322,9 @@ class _Fusion:
 
     def _with_matrix(self, layer: Layer, node: Node) -> Layer:
         """``layer`` with the matrix product that a convolution or Gemm is."""
-        source, output = (self._graph.shapes.get(name) for name in (node.inputs[0], node.outputs[0]))
+        source, output = (
+            self._graph.shapes.get(name) for name in (node.inputs[0], node.outputs[0])
+        )
         kernel = self._graph.shapes.get(node.inputs[1])
         if source is None or output is None or kernel is None:
             return layer
@@ -427,7 +429,7 @@ class _Fusion:
         return elements * (_WIDTHS[self._precision(kernel)] if heavy else self._width(name))
 
     def _activation_bytes(self, nodes: Sequence[Node]) -> float:
-        """The most that is alive at one time, kernel by kernel, each freed after its last reader."""
+        """The most that is alive at one time; a tensor is freed after its last reader."""
         inputs = {name for name in self._graph.inputs if name not in self._static}
         outputs = {self._root(name) for name in self._graph.outputs}
         last: dict[str, int] = {}

@@ -19,7 +19,7 @@ Runtime = Literal["tensorrt", "split", "eager"]
 
 @dataclass(frozen=True)
 class Measured:
-    """One published speed: ``fps`` of ``model`` at ``height`` x ``width`` on ``device``, batch 1."""
+    """One published speed of ``model`` at ``height`` x ``width`` on ``device``, batch 1."""
 
     table: str
     model: str

@@ -20,10 +20,21 @@ from edgeseg.engine.graph import Precision
 from edgeseg.estimate.devices import Device
 from edgeseg.estimate.layers import Layer
 
-__all__ = ["CONSTANTS", "Constants", "Limit", "LayerTime", "layer_time"]
+__all__ = [
+    "CONSTANTS",
+    "SPREAD",
+    "Constants",
+    "LayerCost",
+    "LayerTime",
+    "Limit",
+    "Reach",
+    "layer_time",
+]
 
 #: what a layer waits for: its arithmetic, memory, or being started at all
 Limit = Literal["arithmetic", "bandwidth", "start"]
+#: which of `Constants` says what share of its peak a layer's arithmetic reaches
+Reach = Literal["tensor_fp16", "tensor_int8", "tensor_tf32", "plain", "depthwise"]
 
 # (rows, columns) of a tile of the result that one block of threads computes, and the share of the
 # peak that a tile of that size can reach: a smaller one reads more for each result.
@@ -37,6 +48,13 @@ _LEAST_DEPTH = 256
 _ALIGNMENT: dict[Precision, int] = {"int8": 32, "fp8": 32, "fp16": 8, "bf16": 8, "fp32": 4}
 # Colours: the first layer has kernels of its own, which take four channels.
 _COLOURS = 4
+_TENSOR: dict[Precision, Reach] = {
+    "int8": "tensor_int8",
+    "fp8": "tensor_int8",
+    "fp16": "tensor_fp16",
+    "bf16": "tensor_fp16",
+    "fp32": "tensor_tf32",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,8 @@ class Constants:
     (above 1 is possible: Winograd's algorithm saves multiplications); ``bandwidth``: of the
     memory's; ``depthwise``: of the plain cores' peak, by convolutions of single channels.
     ``start_us`` and ``jetson_start_us``: between two kernels, on a card and on a Jetson.
-    ``eager_us`` and ``jetson_eager_us``: the same of a framework that starts operators one by one.
+    ``eager_us`` and ``jetson_eager_us``: the same of a framework that starts operators one by one;
+    only published speeds of such are compared with it.
     """
 
     tensor_fp16: float
@@ -63,19 +82,60 @@ class Constants:
     jetson_eager_us: float
 
 
-#: fitted by benchmarks/bench_estimate.py to `PUBLISHED`
+#: fitted by benchmarks/bench_estimate.py to `PUBLISHED`; --check compares
 CONSTANTS = Constants(
-    tensor_fp16=0.55,
-    tensor_int8=0.45,
-    tensor_tf32=0.55,
-    plain=0.85,
-    bandwidth=0.7,
-    depthwise=0.25,
-    start_us=4.0,
-    jetson_start_us=8.0,
-    eager_us=12.0,
-    jetson_eager_us=60.0,
+    tensor_fp16=0.699,
+    tensor_int8=0.388,
+    tensor_tf32=0.622,
+    plain=1.06,
+    bandwidth=0.708,
+    depthwise=0.244,
+    start_us=12.6,
+    jetson_start_us=16.7,
+    eager_us=26.3,
+    jetson_eager_us=109.0,
 )
+
+
+#: half the width of the interval, as a natural logarithm, from the same program: the 90th
+#: percentile of the errors on tables that were left out of the fit
+SPREAD = 0.40
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one kernel would take with nothing lost, in microseconds: computing, and moving.
+
+    What its sizes lose is in ``arithmetic_us`` already; ``reach`` says which constant is still to
+    be divided by.
+    """
+
+    reach: Reach
+    arithmetic_us: float
+    bandwidth_us: float
+
+    @classmethod
+    def of(cls, layer: Layer, device: Device, *, tf32: bool = False) -> LayerCost:
+        """The cost of ``layer`` on ``device``; ``tf32``: fp32 may be rounded for tensor cores."""
+        bandwidth = layer.bytes / (device.bandwidth_gbs * 1e3)
+        tensor = layer.kind == "matrix"
+        peak, precision = device.peak(layer.precision, tensor=tensor, tf32=tf32)
+        if layer.macs == 0 or not tensor:
+            return cls("depthwise", 2e6 * layer.macs / peak, bandwidth)
+        cores = device.has_tensor_cores(precision, tf32=tf32)
+        share = _share_of(
+            layer.rows,
+            layer.columns,
+            layer.depth,
+            layer.channels,
+            layer.groups,
+            _ALIGNMENT[precision] if cores else 1,
+            device.multiprocessors,
+        )
+        reach: Reach = "plain"
+        if cores:
+            reach = _TENSOR[precision]
+        return cls(reach, 2e6 * layer.macs / (peak * share), bandwidth)
 
 
 @dataclass(frozen=True)
@@ -89,61 +149,23 @@ class LayerTime:
 
 
 def layer_time(
-    layer: Layer, device: Device, constants: Constants = CONSTANTS, *, eager: bool = False
+    layer: Layer, device: Device, constants: Constants = CONSTANTS, *, tf32: bool = False
 ) -> LayerTime:
-    """How long ``layer`` takes on ``device``.
-
-    ``eager``: an operator started by a framework, whose own work goes on while the device computes.
-    """
-    arithmetic = _arithmetic_us(layer, device, constants)
-    bandwidth = layer.bytes / (device.bandwidth_gbs * 1e3 * constants.bandwidth)
+    """How long ``layer`` takes on ``device`` inside an engine."""
+    cost = LayerCost.of(layer, device, tf32=tf32)
+    arithmetic = cost.arithmetic_us / float(getattr(constants, cost.reach))
+    bandwidth = cost.bandwidth_us / constants.bandwidth
     # The two overlap, but not wholly: loads at the beginning and stores at the end stand alone.
     busy = math.hypot(arithmetic, bandwidth)
-    jetson = device.kind == "jetson"
-    if eager:
-        start = constants.jetson_eager_us if jetson else constants.eager_us
-        total = max(busy, start)
-    else:
-        start = constants.jetson_start_us if jetson else constants.start_us
-        total = busy + start
+    start = constants.jetson_start_us if device.kind == "jetson" else constants.start_us
     if start > busy:
         limit: Limit = "start"
     else:
         limit = "arithmetic" if arithmetic > bandwidth else "bandwidth"
-    return LayerTime(arithmetic, bandwidth, total, limit)
+    return LayerTime(arithmetic, bandwidth, busy + start, limit)
 
 
-def _arithmetic_us(layer: Layer, device: Device, constants: Constants) -> float:
-    if layer.macs == 0:
-        return 0.0
-    tensor = layer.kind == "matrix"
-    peak, precision = device.peak(layer.precision, tensor=tensor)
-    if not tensor:
-        return 2 * layer.macs / (peak * constants.depthwise) * 1e6
-    share = _share(layer, precision, device.multiprocessors, device.has_tensor_cores(precision))
-    if not device.has_tensor_cores(precision):
-        reached = constants.plain
-    elif precision == "int8":
-        reached = constants.tensor_int8
-    else:
-        reached = constants.tensor_tf32 if precision == "fp32" else constants.tensor_fp16
-    return 2 * layer.macs / (peak * reached * share) * 1e6
-
-
-def _share(layer: Layer, precision: Precision, multiprocessors: int, tensor: bool) -> float:
-    """The share of a matrix product's peak that the sizes of ``layer`` allow, above 0, up to 1."""
-    return _share_of(
-        layer.rows,
-        layer.columns,
-        layer.depth,
-        layer.channels,
-        layer.groups,
-        _ALIGNMENT[precision] if tensor else 1,
-        multiprocessors,
-    )
-
-
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _share_of(
     rows: int,
     columns: int,
@@ -164,8 +186,12 @@ def _share_of(
             if splits > 1 and part < _LEAST_DEPTH:
                 break
             waves = -(-tiles * splits // multiprocessors)
-            busy = groups * rows * columns * splits / (
-                waves * multiprocessors * tile_rows * tile_columns
+            busy = (
+                groups
+                * rows
+                * columns
+                * splits
+                / (waves * multiprocessors * tile_rows * tile_columns)
             )
             best = max(best, reach * busy * part / (part + _FILL))
     return best * depth / max(padded, 1)

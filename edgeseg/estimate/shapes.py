@@ -66,7 +66,8 @@ class _Shapes(_Reader):
         if node.op_type in _AS_BEFORE:
             return shape
         if node.op_type == "Shape":
-            return (len(shape),)
+            start = node.integers.get("start", (0,))[0]
+            return (len(shape[start : node.integers.get("end", (len(shape),))[0]]),)
         rule = _RULES.get(node.op_type)
         return None if rule is None else rule(self, node, shape)
 
@@ -172,9 +173,7 @@ class _Shapes(_Reader):
         pads = self._values.get(node.inputs[1]) if len(node.inputs) > 1 else None
         if pads is None or len(pads) != 2 * len(shape):
             return None
-        return tuple(
-            side + pads[axis] + pads[axis + len(shape)] for axis, side in enumerate(shape)
-        )
+        return tuple(side + pads[axis] + pads[axis + len(shape)] for axis, side in enumerate(shape))
 
     def _roi_align(self, node: Node, shape: _Shape) -> _Shape | None:
         boxes = self._shapes.get(node.inputs[1])
