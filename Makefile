@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := edgeseg export calibration kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all lint lint-tensorrt tensorrt-stubs format bench bench-compression bench-int8 gpu nvcc clean
+.PHONY: demo test test-all lint lint-tensorrt tensorrt-stubs format bench bench-compression bench-estimate bench-int8 gpu nvcc clean
 
 demo: $(VENV)/.device
 	$(BIN)/edgeseg demo
@@ -52,6 +52,10 @@ bench: $(VENV)/.dev
 # Pruning, distillation and INT8, step by step: needs CamVid as the folder camvid, and hours.
 bench-compression: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_compression.py --work build/compression --seeds 3 --json benchmarks/results/compression.json
+
+# `edgeseg estimate` against published speeds; nothing is timed, but 21 networks are built.
+bench-estimate: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_estimate.py --cache build/estimate --check --json benchmarks/results/estimate.json
 
 # Against other quantizers: needs CamVid (DATA=camvid:DIR), Python 3.11, and some GB in build/peers.
 DATA := camvid:camvid

@@ -155,7 +155,7 @@ class CompressionReport:
             "milliseconds a frame",
             f"{_METRICS[self.metric]}, %",
             f"Steps in their order; marked is the best trade-off: the fastest that loses "
-            f"{self.recipe.max_drop:g} points or less. {self._measured()}",
+            f"{self._allowed()} or less. {self._measured()}",
         )
         return Report(
             title=f"{self.name}: smaller and faster",
@@ -226,12 +226,15 @@ class CompressionReport:
             f"each; {self.engine}; medians of the time from frame to masks."
         )
 
+    def _allowed(self) -> str:
+        drop = self.recipe.max_drop
+        return f"{drop:g} point{'' if drop == 1 else 's'}"
+
     def _verdict(self) -> str:
         best = self.comparison.standings[self.best]
         if self.best == 0:
             return (
-                f"No step is faster and loses {self.recipe.max_drop:g} points of "
-                f"{_METRICS[self.metric]} or less."
+                f"No step is faster and loses {self._allowed()} of {_METRICS[self.metric]} or less."
             )
         first = self.comparison.standings[0]
         change = (best.figures[self.metric] - first.figures[self.metric]) * 100
