@@ -246,9 +246,9 @@ class _Run:
         best = report.best
         if best == 0 and len(self._steps) > 1:
             raise RequestError(
-                f"no step is faster and loses at most {recipe.max_drop:g} in points, so {self._target}"
-                f" was not written; look at {self._folder / 'report.html'}, then take one of the "
-                "bundles beside it, raise max_drop, or train longer"
+                f"no step is faster and loses {recipe.max_drop:g} in points at most, so "
+                f"{self._target} was not written; look at {self._folder / 'report.html'}, then "
+                "take one of the bundles beside it, raise max_drop, or train longer"
             )
         bundle = Bundle.open(self._steps[best].bundle)
         with new_bundle(self._target) as folder:

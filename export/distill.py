@@ -117,7 +117,7 @@ class DistilledTask(TrainingTask[Any]):
         """See ``TrainingTask.losses``."""
         settings = self._settings
         self._teacher.network.to(device)
-        # In the precision that the student learns in: rounding is little beside what it has to learn.
+        # In the student's precision: rounding is little beside what it has to learn.
         with torch.autocast(
             device.type,
             dtype=self._precision or torch.bfloat16,
