@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from edgeseg.export.distill import Teacher
     from edgeseg.export.recipe import Recipe
     from edgeseg.model import Model
+    from edgeseg.source import Source, Status
     from edgeseg.spec import ModelSpec
 
 __all__ = ["main"]
@@ -126,7 +127,13 @@ def _parser() -> argparse.ArgumentParser:
 
     run = _command(commands, "run", _run, "segment a camera, a video or a folder")
     run.add_argument("bundle", metavar="BUNDLE")
-    run.add_argument("--source", required=True, metavar="URI", help=_SOURCES)
+    run.add_argument(
+        "--source",
+        required=True,
+        action="append",
+        metavar="URI",
+        help=f"{_SOURCES}; several are run in turns, and --save gets a name for each",
+    )
     run.add_argument("--save", metavar="PATH", help="a video (.mp4, .avi, .mkv) or a folder")
     run.add_argument("--show", action="store_true", help="open a window; q closes it")
     run.add_argument("--frames", type=_count, metavar="N", help="stop after so many")
@@ -546,8 +553,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _SOURCES = (
-    "a video file, a folder or glob of images, a camera's number, http://, rtsp://, or "
-    "synthetic:?seed=3&size=360x480"
+    "a video file, a folder or glob of images, a camera (0, csi://0), http://, rtsp://, "
+    "gst: and a pipeline, or synthetic:?seed=3&size=360x480; docs/streams.md has the options"
 )
 
 
@@ -751,10 +758,15 @@ def _run(options: argparse.Namespace) -> int:
     from edgeseg.pipeline import Pipeline
     from edgeseg.sink import open_sink
     from edgeseg.source import open_source
+    from edgeseg.source.address import without_password
 
     _check_json(options)
+    if len(options.source) > 1:
+        return _run_several(options)
+    (uri,) = options.source
     with _load(options, options.bundle, options.postprocess) as model:
-        source = open_source(options.source)
+        source = open_source(uri)
+        source.listen(_state_teller(source))
         with Pipeline(
             model.engine,
             source,
@@ -772,7 +784,7 @@ def _run(options: argparse.Namespace) -> int:
                     legend=not options.no_legend,
                     masks=options.masks,
                 ) as sink,
-                progress(f"segmenting {options.source}") as update,
+                progress(f"segmenting {without_password(uri)}") as update,
             ):
                 try:
                     for result in pipeline:
@@ -799,6 +811,143 @@ def _run(options: argparse.Namespace) -> int:
         content = {**summary.to_dict(), "engine": model.engine.name, "notes": list(notes)}
         _tell(options, "\n".join(lines), content)
     return 0
+
+
+def _run_several(options: argparse.Namespace) -> int:
+    """Several sources in one engine, each with its own output; 1 when one of them failed."""
+    from edgeseg.sink import MultiSink, Sink, WindowSink, open_sink
+    from edgeseg.streams import Streams
+
+    looks: dict[str, Any] = {"opacity": options.opacity, "legend": not options.no_legend}
+    sinks: dict[str, Sink] = {}
+    written: dict[str, int] = {}
+    lines: list[str] = []
+    content: dict[str, object] = {}
+    with ExitStack() as stack:
+        model = stack.enter_context(_load(options, options.bundle, options.postprocess))
+        sources, failures = _opened_sources(options.source)
+        streams = stack.enter_context(
+            Streams(
+                model.engine,
+                sources,
+                max_frames=options.frames,
+                postprocessing=model.postprocessing,
+            )
+        )
+        try:
+            # In a stack of their own: outputs are finished before the streams are counted.
+            with ExitStack() as outputs:
+                for name, source in sources.items():
+                    target = options.save and _target_of(options.save, name)
+                    sink = open_sink(target, fps=source.fps, masks=options.masks, **looks)
+                    if options.show:
+                        sink = MultiSink((WindowSink(f"EdgeSeg: {name}", **looks), sink))
+                    sinks[name] = outputs.enter_context(sink)
+                    written[name] = 0
+                update = outputs.enter_context(progress(f"segmenting {len(sources)} sources"))
+                for stream in streams:
+                    started_ns = time.perf_counter_ns()
+                    sinks[stream.name].write(stream.result)
+                    spent_ns = time.perf_counter_ns() - started_ns
+                    streams.ledgers[stream.name].record("output", spent_ns)
+                    written[stream.name] += 1
+                    update(sum(written.values()), 0)
+                    if any(sink.stopped for sink in sinks.values()):
+                        break
+        except KeyboardInterrupt:
+            print("edgeseg: stopped; what was finished is kept", file=sys.stderr)
+        streams.close()
+        failures |= {name: str(error) for name, error in streams.errors.items()}
+        lines.append(model.engine.description)
+        for name, source in sources.items():
+            summary = streams.ledgers[name].summary()
+            lines.append(
+                f"{name}: {summary.frames} frames, {summary.dropped} dropped, "
+                f"{summary.fps:.1f} frames per second"
+            )
+            lines += [f"{name}: {note}" for note in source.notes]
+            if options.save and written[name]:
+                lines.append(f"{name}: saved {_target_of(options.save, name)}")
+            content[name] = {**summary.to_dict(), "notes": list(source.notes)}
+        found: dict[str, object] = {
+            "engine": model.engine.name,
+            "sources": content,
+            "failed": failures,
+        }
+    for name, reason in failures.items():
+        print(f"edgeseg: {name}: {reason}", file=sys.stderr)
+    _tell(options, "\n".join(lines), found)
+    return 1 if failures else 0
+
+
+def _opened_sources(uris: Sequence[str]) -> tuple[dict[str, Source], dict[str, str]]:
+    """The sources that could be opened, by name, and why the others could not.
+
+    Raises SourceError when none could, RequestError when one was asked for wrongly.
+    """
+    from edgeseg.errors import SourceError
+    from edgeseg.source import open_source
+
+    sources: dict[str, Source] = {}
+    failures: dict[str, str] = {}
+    first: SourceError | None = None
+    with ExitStack() as stack:
+        for name, uri in zip(_names_of(uris), uris, strict=True):
+            try:
+                source = stack.enter_context(open_source(uri))
+            except SourceError as error:
+                failures[name] = str(error)
+                first = first or error
+                continue
+            source.listen(_state_teller(source))
+            sources[name] = source
+        if not sources and first is not None:
+            raise first
+        # They are the streams' from here on.
+        stack.pop_all()
+    return sources, failures
+
+
+def _names_of(uris: Sequence[str]) -> list[str]:
+    """A short name for each source, for files and messages: front.mp4 -> front; no two alike."""
+    names: list[str] = []
+    for uri in uris:
+        head = uri.strip().partition("?")[0].rstrip("/:*")
+        last = Path(head.rpartition("@")[2]).stem if not head.startswith("gst:") else "gst"
+        plain = "".join(sign if sign.isalnum() else "-" for sign in last).strip("-") or "source"
+        name, number = plain, 2
+        while name in names:
+            name, number = f"{plain}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _target_of(save: str, name: str) -> str:
+    """Where the results of one of several sources go: out.mp4 -> out-NAME.mp4, DIR -> DIR/NAME."""
+    path = Path(save)
+    if path.is_dir() or not path.suffix:
+        return str(path / name)
+    return str(path.with_name(f"{path.stem}-{name}{path.suffix}"))
+
+
+def _state_teller(source: Source) -> Callable[[Status], None]:
+    """What says on standard error that a live source is lost, and that it is back."""
+    from edgeseg.source.address import without_password
+
+    lost = False
+
+    def tell(status: Status) -> None:
+        nonlocal lost
+        if source.live and status.state in ("stalled", "reconnecting") and not lost:
+            lost = True
+            reason = f"{without_password(source.uri)} is lost: {status.reason}; trying again"
+            print(f"edgeseg: {reason}", file=sys.stderr)
+        elif lost and status.state == "live":
+            lost = False
+            print(f"edgeseg: {without_password(source.uri)} is back", file=sys.stderr)
+
+    tell(source.status)
+    return tell
 
 
 def _profile(options: argparse.Namespace) -> int:

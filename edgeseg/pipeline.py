@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Literal, TypeVar
@@ -20,7 +20,16 @@ from edgeseg.postprocess import NOTHING_MORE, Postprocessing
 from edgeseg.result import AnyOutputs, AnyResult, result_of
 from edgeseg.source import Source
 
-__all__ = ["STAGES", "Ledger", "MaskAge", "Pipeline", "Stage", "StageTimes", "Summary"]
+__all__ = [
+    "STAGES",
+    "Ledger",
+    "MaskAge",
+    "Pipeline",
+    "Stage",
+    "StageTimes",
+    "Summary",
+    "timed",
+]
 
 Stage = Literal["capture", "fit", "network", "head", "restore", "output"]
 
@@ -36,6 +45,9 @@ _REMEMBERED = 20_000
 # because its engine may be closed next.
 _CAPTURE_GRACE_S = 3.0
 _INFERENCE_GRACE_S = 30.0
+
+# How many frame sizes are remembered. A camera has a few; a folder of pictures may have thousands.
+_SIZES = 64
 
 # Waiting in slices keeps Ctrl-C working on Windows, where a wait without end ignores it.
 _SLICE_S = 0.5
@@ -122,7 +134,7 @@ class Ledger:
 
     @property
     def dropped(self) -> int:
-        """Frames of a live source that were captured, and replaced by a newer one unprocessed."""
+        """Frames of a live source that were replaced by a newer one unprocessed, here or there."""
         with self._lock:
             return self._dropped
 
@@ -170,10 +182,10 @@ class Ledger:
             self._last_ns = result.finished_ns
             self._frames += 1
 
-    def count_dropped(self) -> None:
-        """Counts one captured frame that was not processed."""
+    def count_dropped(self, frames: int = 1) -> None:
+        """Counts captured frames that were not processed."""
         with self._lock:
-            self._dropped += 1
+            self._dropped += frames
 
     def count_superseded(self) -> None:
         """Counts one finished mask that was not taken."""
@@ -341,11 +353,13 @@ class Pipeline:
         try:
             engine, spec = self._engine, self._engine.spec
             geometries: dict[tuple[int, int], Geometry] = {}
-            for frame in self._timed(self._source):
+            for frame in timed(self._source, self._ledger, self._wanted):
                 started_ns = time.perf_counter_ns()
                 size = (frame.height, frame.width)
                 geometry = geometries.get(size)
                 if geometry is None:
+                    if len(geometries) == _SIZES:
+                        geometries.clear()
                     geometry = geometries[size] = Geometry.between(*size, spec)
                 prepared = engine.prepare(frame, geometry)
                 prepare_ns = time.perf_counter_ns() - started_ns
@@ -356,20 +370,11 @@ class Pipeline:
         finally:
             self._waiting.finish(error)
 
-    def _timed(self, frames: Iterable[Frame]) -> Iterator[Frame]:
-        """The frames that are to be processed, the time inside the source recorded."""
+    def _wanted(self, read: int) -> bool:
+        """Whether another frame is to be read, after so many."""
         # From a live source any number of frames may be dropped before enough were processed.
         limit = None if self._source.live else self._max_frames
-        iterator = iter(frames)
-        read = 0
-        while read != limit and not self._waiting.abandoned:
-            started_ns = time.perf_counter_ns()
-            frame = next(iterator, None)
-            if frame is None:
-                return
-            self._ledger.record("capture", time.perf_counter_ns() - started_ns)
-            read += 1
-            yield frame
+        return read != limit and not self._waiting.abandoned
 
     def _infer(self) -> None:
         """Body of the inference thread: prepared frames -> frames inside the engine."""
@@ -433,6 +438,28 @@ class Pipeline:
             except BaseException:
                 # The first error is the one to tell, and the caller hears of it already.
                 continue
+
+
+def timed(source: Source, ledger: Ledger, wanted: Callable[[int], bool]) -> Iterator[Frame]:
+    """The frames of ``source``, with the time inside it and what it dropped in ``ledger``.
+
+    ``wanted(read)`` is asked before each frame whether there is to be another.
+    """
+    iterator = iter(source)
+    read = dropped = 0
+    while wanted(read):
+        started_ns = time.perf_counter_ns()
+        frame = next(iterator, None)
+        dropped_now = source.tally.dropped
+        ledger.count_dropped(dropped_now - dropped)
+        dropped = dropped_now
+        if frame is None:
+            return
+        ledger.record("capture", time.perf_counter_ns() - started_ns)
+        read += 1
+        yield frame
+        # Not kept while waiting for the next: it holds a whole picture.
+        del frame
 
 
 def _percentiles_ms(times_ns: Sequence[int], ranks: Sequence[float]) -> list[float]:

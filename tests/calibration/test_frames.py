@@ -229,7 +229,7 @@ def test_video_with_a_wrong_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, promised: int | None
 ) -> None:
     clip = video(tmp_path / "a.avi", 40)
-    monkeypatch.setattr("edgeseg.source._promised_length", lambda capture: promised)
+    monkeypatch.setattr("edgeseg.source.video.promised_length", lambda capture: promised)
     frames = open_frames(str(clip), SPEC, count=4)
     assert list(frames.hashes) == [f"frame {index}" for index in (5, 15, 25, 35)]
     header = "the header of a.avi promises 80 frames and 40 could be read"

@@ -406,7 +406,7 @@ def test_grey_and_transparent_pictures(run: Run, bundle_folder: Path, place: Pat
         ("folder", 1, "holds no images"),
         ("folder/*.png", 1, "no image matches"),
         ("77", 1, "camera 77 "),
-        ("csi://0", 2, "a source is a video file"),
+        ("csi://front", 2, "a CSI camera is csi://0"),
         ("synthetic:?size=big", 2, "a size is HEIGHTxWIDTH, such as 384x480, and 'big' came"),
         ("synthetic:?size=8x8", 2, "from 32"),
         ("synthetic:?colour=red", 2, "'colour' came"),

@@ -6,9 +6,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import cv2
@@ -16,13 +13,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeseg import source as source_module
 from edgeseg.errors import RequestError, SourceError
 from edgeseg.frame import Frame
 from edgeseg.source import (
-    CameraSource,
     ImageSource,
-    NetworkSource,
+    LiveSource,
     Source,
     SyntheticSource,
     VideoSource,
@@ -30,6 +25,8 @@ from edgeseg.source import (
     open_source,
     quiet_opencv,
 )
+from edgeseg.source import opencv as opencv_module
+from edgeseg.source.images import natural
 
 
 def plain(level: int, height: int = 48, width: int = 64) -> NDArray[np.uint8]:
@@ -129,9 +126,9 @@ def test_failures_are_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 
 def test_quiet_restores_the_log_level() -> None:
     def current() -> int | None:
-        before = source_module._swap_log_level(3)
+        before = opencv_module._swap_log_level(3)
         assert before is not None
-        source_module._swap_log_level(before)
+        opencv_module._swap_log_level(before)
         return before
 
     before = current()
@@ -140,6 +137,19 @@ def test_quiet_restores_the_log_level() -> None:
             assert current() == 0
         assert current() == 0
     assert current() == before
+
+
+def test_loops_count_on(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.avi", 5, "MJPG")
+    with open_source(f"{path}?loop=2") as source:
+        assert source.length == 15
+        frames = list(source)
+    assert [frame.index for frame in frames] == list(range(15)) and source.notes == ()
+    np.testing.assert_array_equal(frames[1].pixels, frames[11].pixels)
+    with open_source(f"{path}?loop=always") as source:
+        assert source.length is None
+        numbers = [frame.index for frame, _ in zip(source, range(12), strict=False)]
+    assert numbers == list(range(12))
 
 
 # --- images
@@ -179,6 +189,51 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path) -> None:
     assert source.notes == (
         "3 of 10 images could not be read and were skipped: 0.png, 4.png, 8.png",
     )
+
+
+def test_images_loop_at_a_rate(tmp_path: Path) -> None:
+    for index in range(3):
+        write_image(tmp_path / f"{index}.png", plain(10 * index))
+    (tmp_path / "1.png").write_bytes(b"damaged")
+    with open_source(f"{tmp_path}?loop=1&fps=12.5") as source:
+        assert (source.length, source.fps) == (6, 12.5)
+        assert [frame.index for frame in source] == [0, 2, 3, 5]
+    assert source.notes == ("1 of 3 images could not be read and were skipped: 1.png",)
+    assert (source.tally.delivered, source.tally.damaged) == (4, 2)
+
+
+def test_images_that_vanish_end_a_loop(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "1.png", plain(9))
+    with open_source(f"{tmp_path}?loop=always") as source:
+        frames = iter(source)
+        assert [next(frames).index for _ in range(3)] == [0, 1, 2]
+        path.unlink()
+        assert list(frames) == []
+
+
+def test_natural_order_of_odd_names() -> None:
+    names = ["f10", "f2", "f٣", "f²", "f1"]
+    assert [path.name for path in sorted(map(Path, names), key=natural)] == [
+        "f1", "f2", "f٣", "f10", "f²"
+    ]  # fmt: skip
+
+
+def test_question_mark_in_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A name that is there is a file, however much it looks like options; so is a pattern's letter.
+    write_image(tmp_path / "a.png", plain(1))
+    write_image(tmp_path / "b.png", plain(2))
+    odd = write_video(tmp_path / "x.avi", 3, "MJPG").rename(tmp_path / "clip.avi?loop=1")
+    monkeypatch.chdir(tmp_path)
+    for uri, count in (
+        ("?.png", 2),
+        ("?.png?loop=1", 4),
+        ("[ab].png?loop=1&fps=5", 4),
+        ("a.png?loop=2", 3),
+        (str(odd), 3),
+        (f"{odd}?loop=1", 6),
+    ):
+        with open_source(uri) as source:
+            assert len(list(source)) == count, uri
 
 
 def test_pattern_and_single_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,20 +278,45 @@ def test_nothing_to_read(tmp_path: Path, files: tuple[str, ...], uri: str, says:
     ("uri", "says"),
     [
         ("", "an empty text came"),
-        ("csi://0", "rtsp://"),
-        ("gst: videotestsrc ! appsink", "synthetic:"),
+        ("csi://front", r"csi://0, csi://1, .* size, width, height, fps, flip"),
+        ("gst:", "gst-launch-1.0 takes"),
+        ("rtsp://", "rtsp://host/path"),
         ("ftp://user:secret@host/x.mp4", r"ftp://user:\*\*\*@host"),
         ("synthetic:street", "seed, size"),
         ("synthetic:?speed=3", "'speed' came"),
         ("synthetic:?size=large", "HEIGHTxWIDTH"),
         ("synthetic:?frames=-1", "whole number"),
         ("synthetic:?fps=0", "above 0"),
-        ("0?colour=red", "size, fps"),
+        ("0?colour=red", "size, width, height, fps, format, timeout, reconnect, and 'colour'"),
     ],
 )
 def test_wrong_requests_name_what_is_known(uri: str, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         open_source(uri)
+
+
+@pytest.mark.parametrize("uri", ["a\0b", "x" * 5000, "~nobody-here/x.mp4", "**x/*.png", "a/[*.png"])
+def test_names_that_no_disk_has(uri: str) -> None:
+    with pytest.raises(SourceError):
+        open_source(uri)
+
+
+# --- states
+
+
+def test_states_of_a_file(tmp_path: Path) -> None:
+    write_image(tmp_path / "1.png", plain(9))
+    seen: list[str] = []
+    source = open_source(str(tmp_path))
+    source.listen(lambda status: seen.append(status.state))
+    assert source.status.state == "opening"
+    assert len(list(source)) == 1
+    assert seen == ["live", "ended"]
+    assert [status.state for status in source.history] == ["opening", *seen]
+    since = [status.since_ns for status in source.history]
+    assert since == sorted(since) and source.status.reason == "it is at its end"
+    source.close()
+    assert source.status.reason == "it is at its end"
 
 
 # --- cameras
@@ -255,7 +335,7 @@ def test_camera() -> None:
     if not found:
         pytest.skip("no camera on this computer")
     with open_source(found[0]) as source:
-        assert isinstance(source, CameraSource) and source.live
+        assert isinstance(source, LiveSource) and source.live
         assert next(iter(source)).pixels.ndim == 3
 
 
@@ -307,104 +387,10 @@ def test_live_street_skips_what_came_too_late(monkeypatch: pytest.MonkeyPatch) -
         now_ns += 1_050_000_000
         assert next(frames).index == 11  # 2 to 10 were there and gone
         assert next(frames).index == 12
+        assert source.tally.dropped == 9
         assert waits == [0.07, 0.05]
         now_ns += 60_000_000_000
         assert list(frames) == []
-
-
-# --- the network
-
-
-class _Camera(BaseHTTPRequestHandler):
-    """Sends a few JPEG pictures as network cameras do, then ends."""
-
-    pictures = 12
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
-        self.end_headers()
-        for index in range(self.pictures):
-            jpeg = cv2.imencode(".jpg", plain(10 * index))[1].tobytes()
-            head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
-            self.wfile.write(head.encode() + jpeg + b"\r\n")
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing on standard error."""
-
-
-@contextmanager
-def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def needs_ffmpeg() -> None:
-    if not source_module._has_backend(cv2.CAP_FFMPEG):
-        pytest.skip("this OpenCV has no FFmpeg, which opens network streams")
-
-
-def test_network_camera() -> None:
-    needs_ffmpeg()
-    with served(_Camera) as address, open_source(f"{address}/video", timeout_s=5) as source:
-        assert isinstance(source, NetworkSource)
-        assert source.live and source.length is None
-        frames = list(source)
-    # FFmpeg may keep the last picture, for which it waits for the next boundary.
-    assert _Camera.pictures - 1 <= len(frames) <= _Camera.pictures
-    assert all(abs(level(frame) - 10 * frame.index) < 3 for frame in frames)
-    assert source.notes == (f"{source.uri} ended after {len(frames)} frames",)
-
-
-def test_network_silence_times_out() -> None:
-    needs_ffmpeg()
-    release = threading.Event()
-
-    class Silent(_Camera):
-        def do_GET(self) -> None:
-            release.wait(10)
-
-    with served(Silent) as address:
-        try:
-            with pytest.raises(SourceError, match=r"no answer within 0\.5 seconds"):
-                open_source(f"{address}/video", timeout_s=0.5)
-        finally:
-            release.set()
-
-
-def test_network_stream_that_stops_times_out() -> None:
-    needs_ffmpeg()
-    release = threading.Event()
-
-    class Stopping(_Camera):
-        def do_GET(self) -> None:
-            super().do_GET()
-            release.wait(10)
-
-    with served(Stopping) as address:
-        try:
-            with (
-                open_source(f"{address}/video", timeout_s=0.5) as source,
-                pytest.raises(
-                    SourceError, match=r"gave nothing for 0\.5 seconds, after 1\d frames"
-                ),
-            ):
-                list(source)
-        finally:
-            release.set()
-
-
-def test_refused_connection_hides_the_password() -> None:
-    with pytest.raises(SourceError, match=r"^rtsp://me:\*\*\*@127\.0\.0\.1:9/x ") as raised:
-        open_source("rtsp://me:secret@127.0.0.1:9/x", timeout_s=2)
-    assert "secret" not in str(raised.value)
 
 
 # --- closing

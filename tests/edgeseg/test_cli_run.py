@@ -1,0 +1,121 @@
+"""`edgeseg run` with several sources: an output for each, and one that fails alone."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from edgeseg import cli
+from edgeseg.cli import main
+from tests.edgeseg.test_cli import names, place, video_frames
+
+__all__ = ["place"]
+
+STREET = "synthetic:?size=48x64&frames=6"
+OTHER = "synthetic:?size=64x48&frames=4&seed=2"
+
+
+def test_each_source_has_its_own_output(
+    bundle_folder: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = place / "out.avi"
+    arguments = ["run", str(bundle_folder), "--source", STREET, "--source", OTHER]
+    assert main([*arguments, "--save", str(target), "--json", str(place / "x.json")]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and "synthetic-2: 4 frames, 0 dropped" in captured.out
+    assert names(place) == ["out-synthetic-2.avi", "out-synthetic.avi", "x.json"]
+    assert [picture.shape for picture in video_frames(place / "out-synthetic.avi")] == [
+        (48, 64, 3)
+    ] * 6
+    assert len(video_frames(place / "out-synthetic-2.avi")) == 4
+    found = json.loads((place / "x.json").read_text())
+    assert {name: each["frames"] for name, each in found["sources"].items()} == {
+        "synthetic": 6, "synthetic-2": 4
+    }  # fmt: skip
+    assert found["failed"] == {}
+
+
+def test_folders_for_each_and_frames_for_each(bundle_folder: Path, place: Path) -> None:
+    arguments = ["run", str(bundle_folder), "--source", STREET, "--source", OTHER]
+    assert main([*arguments, "--save", str(place / "out"), "--frames", "2"]) == 0
+    assert names(place / "out") == [
+        "synthetic", "synthetic-2", "synthetic-2/000000.png", "synthetic-2/000001.png",
+        "synthetic/000000.png", "synthetic/000001.png",
+    ]  # fmt: skip
+
+
+def test_source_that_fails_leaves_the_others_alone(
+    bundle_folder: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", str(bundle_folder), "--source", STREET, "--source", "nothing.mp4"]
+    assert main([*arguments, "--save", str(place / "out.avi")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("edgeseg: nothing: nothing.mp4 does not exist")
+    assert "synthetic: 6 frames" in captured.out and names(place) == ["out-synthetic.avi"]
+
+
+def test_nothing_runs_when_nothing_opens(
+    bundle_folder: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", str(bundle_folder), "--save", str(place / "out.avi")]
+    assert main([*arguments, "--source", "a.mp4", "--source", "b.mp4"]) == 1
+    assert "a.mp4 does not exist" in capsys.readouterr().err
+    assert main([*arguments, "--source", STREET, "--source", "synthetic:?colour=red"]) == 2
+    assert "'colour' came" in capsys.readouterr().err
+    assert names(place) == []
+
+
+@pytest.mark.parametrize(
+    ("uris", "found"),
+    [
+        (["front.mp4", "a/front.avi?loop=2", "front-2.mp4"], ["front", "front-2", "front-2-2"]),
+        (["0", "/dev/video1", "csi://0"], ["0", "video1", "0-2"]),
+        (["rtsp://me:secret@host/cam/1", "rtsp://host"], ["1", "host"]),
+        (["http://h/v.mjpg?a=1", "gst: videotestsrc ! x", "*.png"], ["v", "gst", "source"]),
+        (["synthetic:", "frames/", "☃", "."], ["synthetic", "frames", "source", "source-2"]),
+    ],
+)
+def test_names(uris: list[str], found: list[str]) -> None:
+    assert cli._names_of(uris) == found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_keeps_what_was_finished(bundle_folder: Path, place: Path, number: int) -> None:
+    endless = "synthetic:?size=48x64&frames=0"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgeseg", "run", str(bundle_folder), "--source", endless,
+         "--source", f"{endless}&live=1", "--save", "out.avi"],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while sum(path.stat().st_size > 10_000 for path in place.iterdir()) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, err) == (0, "edgeseg: stopped; what was finished is kept\n")
+    assert names(place) == ["out-synthetic-2.avi", "out-synthetic.avi"]
+    for name in names(place):
+        capture = cv2.VideoCapture(str(place / name))
+        assert capture.get(cv2.CAP_PROP_FRAME_COUNT) > 1
+        found, picture = capture.read()
+        capture.release()
+        assert found and np.asarray(picture).shape == (48, 64, 3)
+    assert "synthetic-2: saved out-synthetic-2.avi" in out
