@@ -412,8 +412,10 @@ def _video(build: str) -> list[Check]:
         gstreamer = Check(
             "OpenCV GStreamer",
             "optional",
-            "not in this build, as in all from pip; only csi:// and gst: sources need it",
-            "sudo apt-get install -y python3-opencv, and a virtual environment made with "
+            "not in this build, as in all from pip; csi:// and gst: sources need it only where "
+            "PyGObject is missing",
+            "sudo apt-get install -y python3-gi gir1.2-gst-plugins-base-1.0 "
+            "gstreamer1.0-plugins-good, and a virtual environment made with "
             "--system-site-packages",
         )
     return [ffmpeg, gstreamer]

@@ -28,6 +28,7 @@ from edgeseg.report import (
 )
 from edgeseg.result import Result
 from edgeseg.source import open_source
+from edgeseg.source.address import without_password
 
 __all__ = ["Profile", "profile"]
 
@@ -266,7 +267,7 @@ def profile(
         model=model.spec.name,
         engine=engine.name,
         description=engine.description,
-        source=uri,
+        source=without_password(uri),
         frame_size=(last.frame.height, last.frame.width),
         network_size=(model.spec.height, model.spec.width),
         live=live,

@@ -387,7 +387,9 @@ def test_a_recipe_that_cannot_be_read(place: str, tmp_path: Path) -> None:
         Recipe.read(tmp_path / place)
 
 
-SHIPPED = sorted(path.name for path in (files("edgeseg.export") / "recipes").iterdir())
+RECIPES = sorted(path.name for path in (files("edgeseg.export") / "recipes").iterdir())
+SMALLER = [name for name in RECIPES if name.endswith("_small.toml")]
+SHIPPED = [name for name in RECIPES if name not in SMALLER]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -402,6 +404,18 @@ def test_the_shipped_recipes_are_recipes(name: str) -> None:
     assert all(source.uri.split(":")[0] in ("camvid", "synthetic") for source in recipe.sources)
     if model is not None:
         assert Recipe.published(model, data) == recipe
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_the_shipped_recipes_of_smaller_models_are_recipes(name: str) -> None:
+    pytest.importorskip("onnx", reason="bundles are made with onnx")
+    from edgeseg.export.compress_recipe import CompressionRecipe
+
+    recipe = CompressionRecipe.read(str(files("edgeseg.export") / "recipes" / name))
+    assert recipe.train is not None
+    assert recipe.train.distillation is not None
+    assert recipe.cuts
+    assert recipe.quantize is not None
 
 
 def test_a_recipe_and_a_model_agree(tmp_path: Path) -> None:
