@@ -116,6 +116,13 @@ class DistilledTask(TrainingTask[Any]):
     def losses(self, found: Any, batch: Batch[Any], device: torch.device) -> dict[str, Tensor]:
         """See ``TrainingTask.losses``."""
         settings = self._settings
+        parts: dict[str, Tensor] = {}
+        if settings.alpha:
+            labels = self._task.losses(found, batch, device)
+            parts = {name: settings.alpha * part for name, part in labels.items()}
+        if settings.alpha == 1 and not settings.channels and self._imitation is None:
+            # The teacher has labelled frames, and has no more to say.
+            return parts
         self._teacher.network.to(device)
         # In the student's precision: rounding is little beside what it has to learn.
         with torch.autocast(
@@ -124,10 +131,6 @@ class DistilledTask(TrainingTask[Any]):
             enabled=self._precision is not None,
         ):
             wanted = self._teacher(batch.images.to(device))
-        parts: dict[str, Tensor] = {}
-        if settings.alpha:
-            labels = self._task.losses(found, batch, device)
-            parts = {name: settings.alpha * part for name, part in labels.items()}
         if isinstance(wanted, Tensor):
             main = found[0] if isinstance(found, tuple) else found
             soft = semantic_imitation(main, wanted, settings)

@@ -283,6 +283,27 @@ def test_parts_of_the_loss_and_their_factors(recipe: Recipe) -> None:
     assert both.companions is not None
 
 
+def test_a_teacher_that_only_labels_is_not_asked_again(recipe: Recipe) -> None:
+    class Counting(Teacher):
+        asked = 0
+
+        def __call__(self, images: Tensor) -> Any:
+            self.asked += 1
+            return super().__call__(images)
+
+    network = create_semantic(recipe.model, 11)
+    teacher = Counting(network, definition(recipe.model).preprocessing)
+    for settings, asked in ((Distillation(alpha=1.0), 0), (Distillation(alpha=1.0, channels=1), 1)):
+        task = SemanticTraining(replace(recipe, distillation=settings), ())
+        both = DistilledTask(task, teacher, settings)
+        batch = task.batches.drawn(np.random.default_rng(0))
+        x = torch.randn(4, 3, 32, 32)
+        with torch.no_grad():
+            parts = both.losses(task.network.eval()(x), batch, torch.device("cpu"))
+        assert teacher.asked == asked
+        assert ("channels" in parts) == bool(asked)
+
+
 def test_companions_are_learned_and_kept(recipe: Recipe, tmp_path: Path) -> None:
     first = next(name for name, module in create(recipe.model, 11).named_modules()
                  if isinstance(module, nn.Conv2d))  # fmt: skip
