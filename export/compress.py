@@ -176,7 +176,12 @@ class _Run:
             prune_checkpoint(request, checkpoint, stage=self._stage)
             self._export(checkpoint, bundle)
 
-        said = {"cut": asdict(cut), "calibration": recipe.calibration, "frames": request.frames}
+        said = {
+            # How long the training after it takes is no part of the cut.
+            "cut": asdict(replace(cut, train_steps=None)),
+            "calibration": recipe.calibration,
+            "frames": request.frames,
+        }
         self._step(title, said, make, ".pt")
 
     def train(self, title: str, steps: int | None, device: str, workers: int | None) -> None:
