@@ -698,6 +698,11 @@ def _tell(options: argparse.Namespace, text: str, content: dict[str, object]) ->
         write_json(Path(options.json), content)
 
 
+def _aside(line: str) -> None:
+    """Says how long work goes on, where it does not mix with figures on standard output."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def _check_json(options: argparse.Namespace) -> None:
     """Refuses a place that cannot be written before any work is done."""
     if options.json != "-":
@@ -1409,7 +1414,7 @@ def _adapt(options: argparse.Namespace) -> int:
         workers=options.workers,
         minutes=options.minutes,
         stage=progress,
-        report=lambda line: print(line, file=sys.stderr, flush=True),
+        report=_aside,
     )
     lines = [
         made.verification.render(),
@@ -1438,7 +1443,7 @@ def _compress(options: argparse.Namespace) -> int:
             workers=options.workers,
             trainer=train_integers,
             stage=progress,
-            report=lambda line: print(line, file=sys.stderr, flush=True),
+            report=_aside,
         )
     lines = [
         made.report.render(),

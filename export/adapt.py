@@ -111,8 +111,7 @@ def adapt_bundle(
         raise RequestError(f"{target} is the bundle to adapt; give the new one another name")
     checkpoint = resolved.parent / f".{resolved.name}.adapt.pt"
     recipe = request.recipe(bundle)
-    with stage("labelling the frames"):
-        teacher = open_teacher(request.bundle, spec.architecture, recipe.crop)
+    teacher = open_teacher(request.bundle, spec.architecture, recipe.crop)
     with stage(f"adapting {spec.name}") as update:
         train(
             recipe,

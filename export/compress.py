@@ -121,6 +121,7 @@ class _Run:
         #: what the next step begins from
         self._weights: str | None = recipe.weights
         self._model = recipe.model
+        self._size, self._classes = recipe.size, recipe.classes
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -132,23 +133,12 @@ class _Run:
         _, _, path = read_network(recipe.model, recipe.weights)
 
         def make(bundle: Path, _: Path) -> None:
-            with self._stage(f"exporting {recipe.model}") as update:
-                export_bundle(
-                    ExportRequest(
-                        model=recipe.model,
-                        weights=recipe.weights,
-                        size=recipe.size,
-                        classes=recipe.classes,
-                        name=self._target.resolve().name,
-                    ),
-                    bundle,
-                    progress=update,
-                )
+            self._export(recipe.weights, bundle, recipe.model)
 
         said = {"checkpoint": sha256_of(path), "size": recipe.size, "classes": recipe.classes}
         self._step("original", said, make, None)
         spec = Bundle.open(self._steps[0].bundle).spec
-        self._size = f"{spec.height}x{spec.width}"
+        self._size, self._classes = f"{spec.height}x{spec.width}", spec.classes
         # Data that do not fit are found before hours of work.
         self._dataset = labelled(recipe.data, recipe.split, spec)
         # The others begin from a file.
@@ -174,7 +164,7 @@ class _Run:
 
         def make(bundle: Path, checkpoint: Path) -> None:
             prune_checkpoint(request, checkpoint, stage=self._stage)
-            self._export(checkpoint, bundle)
+            self._export(str(checkpoint), bundle, checkpoint.stem)
 
         said = {
             # How long the training after it takes is no part of the cut.
@@ -208,7 +198,7 @@ class _Run:
                     report=_silent,
                     progress=update,
                 )
-            self._export(checkpoint, bundle)
+            self._export(str(checkpoint), bundle, checkpoint.stem)
 
         said = {"recipe": asdict(settings), "teacher": self._recipe.teacher}
         self._step(title, said, make, ".pt")
@@ -238,21 +228,22 @@ class _Run:
     def finish(self) -> Compressed:
         """Measures all steps, and writes the bundle of the best."""
         recipe = self._recipe
+        comparison, engine = self._compared()
         report = CompressionReport(
             name=self._target.resolve().name,
             recipe=recipe,
             steps=tuple(self._steps),
-            comparison=self._compared(),
-            engine=self._description,
+            comparison=comparison,
+            engine=engine,
         )
         text = json.dumps(report.to_dict(), indent=2)
         (self._folder / "figures.json").write_text(text + "\n", encoding="utf-8")
-        report.report().write(self._folder / "report.html")
+        page = report.report().write(self._folder / "report.html")
         best = report.best
-        if best == 0 and len(self._steps) > 1:
+        if best == 0:
             raise RequestError(
                 f"no step is faster and loses {recipe.max_drop:g} in points at most, so "
-                f"{self._target} was not written; look at {self._folder / 'report.html'}, then "
+                f"{self._target} was not written; look at {page}, then "
                 "take one of the bundles beside it, raise max_drop, or train longer"
             )
         bundle = Bundle.open(self._steps[best].bundle)
@@ -263,35 +254,34 @@ class _Run:
             own = bundle.model_path.parent / "report.html"
             if own.is_file():
                 (folder / "step.html").write_bytes(own.read_bytes())
-            report.report().write(folder / "report.html")
+            (folder / "report.html").write_bytes(page.read_bytes())
             entries = {key: value for key, value in bundle.manifest.items() if key != "files"}
             write_manifest(folder, {**entries, "compression": report.to_dict()})
         return Compressed(self._target, self._folder, report)
 
-    def _compared(self) -> Comparison:
+    def _compared(self) -> tuple[Comparison, str]:
+        """All steps side by side, and what ran them."""
         with ExitStack() as stack:
             candidates = []
             for step in self._steps:
                 engine = open_engine(Bundle.open(step.bundle), self._engine, threads=self._threads)
                 stack.callback(engine.close)
                 candidates.append(Candidate(step.title, engine))
-            self._description = candidates[0].engine.description
-            if len(candidates) == 1:
-                raise RequestError("a recipe has one step at least besides the model itself")
             with self._stage(f"measuring {len(candidates)} steps") as update:
-                return compare(
+                found = compare(
                     candidates, self._dataset, limit=self._recipe.pictures, progress=update
                 )
+            return found, candidates[0].engine.description
 
-    def _export(self, checkpoint: Path, bundle: Path) -> None:
-        with self._stage(f"exporting {checkpoint.stem}") as update:
+    def _export(self, weights: str | None, bundle: Path, title: str) -> None:
+        with self._stage(f"exporting {title}") as update:
             export_bundle(
                 ExportRequest(
                     model=self._model,
-                    weights=str(checkpoint),
+                    weights=weights,
                     size=self._size,
                     name=self._target.resolve().name,
-                    classes=Bundle.open(self._steps[0].bundle).spec.classes,
+                    classes=self._classes,
                 ),
                 bundle,
                 progress=update,
@@ -314,11 +304,11 @@ class _Run:
             self._report(f"{title}: done already, {bundle}")
         else:
             make(bundle, checkpoint)
+            record.write_text(json.dumps({"key": self._key}) + "\n", encoding="utf-8")
+            self._report(f"{title}: {bundle}")
         if suffix is not None:
             self._weights = str(checkpoint)
         self._steps.append(self._described(title, bundle))
-        record.write_text(json.dumps({"key": self._key}) + "\n", encoding="utf-8")
-        self._report(f"{title}: {bundle}")
 
     def _described(self, title: str, bundle: Path) -> Step:
         network, _, _ = read_network(self._model, self._weights)

@@ -109,8 +109,10 @@ class SemanticTraining(TrainingTask[SemanticTruth]):
                 f"{FRAMES_PREFIX} has no labels, so a teacher gives them; name one with "
                 "`edgeseg distill ... --teacher`"
             )
-        known = [] if teacher is None else [teacher.classes]
-        self._classes = _common_classes(labelled) if labelled else known[0]
+        if teacher is not None and not labelled:
+            self._classes = teacher.classes
+        else:
+            self._classes = _common_classes(labelled)
         self.network = create_semantic(
             recipe.model, len(self._classes.names), auxiliary_heads=recipe.auxiliary_heads
         )
