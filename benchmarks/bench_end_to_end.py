@@ -56,7 +56,8 @@ from edgeseg.export.onnx import export_network
 from edgeseg.export.weights import load_weights
 from edgeseg.frame import Pixels
 from edgeseg.geometry import Geometry
-from edgeseg.pipeline import Pipeline, Summary
+from edgeseg.ledger import Summary
+from edgeseg.pipeline import Pipeline
 from edgeseg.source import open_source
 from edgeseg.spec import ModelSpec
 from edgeseg.synthetic import Street

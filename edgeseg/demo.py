@@ -27,8 +27,9 @@ from edgeseg.errors import RequestError, SinkError
 from edgeseg.evaluate import Evaluation, Scorer, check_classes
 from edgeseg.frame import Frame, Pixels
 from edgeseg.jsonfile import write_json
+from edgeseg.ledger import Summary
 from edgeseg.model import Model
-from edgeseg.pipeline import Pipeline, Summary
+from edgeseg.pipeline import Pipeline
 from edgeseg.profile import peak_rss_mb, work_ms
 from edgeseg.report import (
     Bar,

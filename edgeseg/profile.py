@@ -12,8 +12,9 @@ import numpy as np
 
 from edgeseg.errors import RequestError, SourceError
 from edgeseg.frame import Pixels
+from edgeseg.ledger import Summary
 from edgeseg.model import Model
-from edgeseg.pipeline import Pipeline, Summary
+from edgeseg.pipeline import Pipeline
 from edgeseg.report import (
     Bar,
     Figure,

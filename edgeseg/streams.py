@@ -14,7 +14,7 @@ from edgeseg.engine.base import Engine, Pending, Prepared
 from edgeseg.errors import EdgeSegError, RequestError
 from edgeseg.frame import Frame
 from edgeseg.geometry import Geometry
-from edgeseg.pipeline import Ledger, timed
+from edgeseg.ledger import Ledger, timed
 from edgeseg.postprocess import NOTHING_MORE, Postprocessing
 from edgeseg.result import AnyResult, result_of
 from edgeseg.source import Source

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edgeseg import ledger as ledger_module
 from edgeseg import pipeline as pipeline_module
 from edgeseg.engine.base import Engine, OneAtATime, Pending, Prepared
 from edgeseg.errors import EngineError, FrameError, RequestError, SourceError
 from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
-from edgeseg.pipeline import Ledger, Pipeline, Stage
+from edgeseg.ledger import Ledger, Stage
+from edgeseg.pipeline import Pipeline
 from edgeseg.result import AnyOutputs, Outputs, SemanticResult
 from edgeseg.source import Source, open_source
 from edgeseg.spec import ModelSpec, Preprocessing
@@ -585,7 +587,7 @@ def test_ledger_sums_up() -> None:
 
 
 def test_ledger_remembers_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline_module, "_REMEMBERED", 10)
+    monkeypatch.setattr(ledger_module, "_REMEMBERED", 10)
     ledger = Ledger()
     for index in range(1000):
         ledger.record("fit", index * 1_000_000)
