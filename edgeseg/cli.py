@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
@@ -126,15 +125,34 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine(demo)
 
     run = _command(commands, "run", _run, "segment a camera, a video or a folder")
-    run.add_argument("bundle", metavar="BUNDLE")
+    run.add_argument(
+        "bundle", metavar="BUNDLE", help="or, without --source, a source for the shipped streets"
+    )
     run.add_argument(
         "--source",
-        required=True,
         action="append",
+        default=[],
         metavar="URI",
         help=f"{_SOURCES}; several are run in turns, and --save gets a name for each",
     )
-    run.add_argument("--save", metavar="PATH", help="a video (.mp4, .avi, .mkv) or a folder")
+    run.add_argument(
+        "--save",
+        action="append",
+        default=[],
+        metavar="TARGET",
+        help="a video (.mp4, .mkv, .avi), a folder of PNGs, .jsonl, rtsp:// or rtp://; several at "
+        "once, each in a thread of its own",
+    )
+    run.add_argument(
+        "--serve",
+        nargs="?",
+        const="127.0.0.1:8080",
+        metavar="HOST:PORT",
+        help="a web page with the live pictures and figures; this machine's alone unless a host is "
+        "named",
+    )
+    run.add_argument("--token", help="what --serve asks viewers for; made where it needs one")
+    run.add_argument("--recordings", metavar="DIR", help="where --serve records videos to")
     run.add_argument("--show", action="store_true", help="open a window; q closes it")
     run.add_argument("--frames", type=_count, metavar="N", help="stop after so many")
     run.add_argument("--opacity", type=float, default=0.5, metavar="0-1")
@@ -142,18 +160,47 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--masks", action="store_true", help="with --save DIR: class maps as well")
     _add_postprocess(run)
     _add_engine(run)
+    _add_public_key(run)
     _add_json(run)
 
     profile = _command(commands, "profile", _profile, "measure frames per second, end to end")
-    profile.add_argument("bundle", metavar="BUNDLE")
+    profile.add_argument("bundle", nargs="?", metavar="BUNDLE")
     profile.add_argument("--source", default="synthetic:?frames=0", metavar="URI", help=_SOURCES)
-    profile.add_argument("--frames", type=_count, default=100, metavar="N")
-    profile.add_argument("--report", metavar="FILE.html")
     profile.add_argument(
-        "--layers", action="store_true", help="the network's layers one by one (TensorRT)"
+        "--frames", type=_count, metavar="N", help="so many; 100 unless --seconds is given"
     )
+    profile.add_argument("--seconds", type=float, metavar="S", help="or as many as S seconds take")
+    profile.add_argument(
+        "--warm-up", type=_whole, default=10, metavar="N", help="before, not counted; 10"
+    )
+    profile.add_argument(
+        "--layers", action="store_true", help="also the network's layers one by one"
+    )
+    profile.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="SETTING",
+        help="measure these in turns with BUNDLE: a bundle, bundle@engine, bundle,threads=2, "
+        "@onnxruntime, ,head=graph",
+    )
+    profile.add_argument(
+        "--sweep",
+        action="store_true",
+        help="find the best number of threads here (of the bundles of --compare too) and keep it",
+    )
+    profile.add_argument(
+        "--at-least", type=float, metavar="FPS", help="with --sweep: the largest that reaches it"
+    )
+    profile.add_argument("--no-save", action="store_true", help="with --sweep: keep nothing")
+    profile.add_argument(
+        "--rounds", type=_count, default=10, metavar="N", help="of --compare and --sweep; 10"
+    )
+    profile.add_argument("--seed", type=_whole, default=0, metavar="N", help="of their order")
+    profile.add_argument("--report", metavar="FILE.html")
     _add_postprocess(profile)
     _add_engine(profile)
+    _add_public_key(profile)
     _add_json(profile)
 
     estimate = _command(
@@ -200,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_postprocess(evaluate)
     _add_engine(evaluate)
+    _add_public_key(evaluate)
     _add_json(evaluate)
 
     export = _command(commands, "export", _export, "make a bundle of a trained PyTorch model")
@@ -221,6 +269,14 @@ def _parser() -> argparse.ArgumentParser:
         "--views",
         metavar="A,B,...",
         help="average looks at several sizes, shares of the network size: 0.75,1.33 (semantic)",
+    )
+    export.add_argument(
+        "--balance",
+        action="append",
+        default=[],
+        metavar="URI",
+        help="training pictures on which the classes' biases are set for the highest mean IoU, so "
+        "that rare ones get their share (semantic)",
     )
     export.add_argument(
         "--data", metavar="URI", help="labelled pictures to verify and measure on: camvid:DIR"
@@ -465,6 +521,7 @@ def _parser() -> argparse.ArgumentParser:
 
     build = _command(commands, "build", _build, "build a TensorRT engine on the device")
     build.add_argument("bundle", metavar="BUNDLE")
+    _add_public_key(build)
     build.add_argument(
         "--engine", choices=("tensorrt",), default="tensorrt", help="the one that is built"
     )
@@ -514,7 +571,16 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = _command(commands, "inspect", _inspect, "say what a bundle holds")
     inspect.add_argument("bundle", metavar="BUNDLE")
+    _add_public_key(inspect)
     _add_json(inspect)
+
+    sign = _command(commands, "sign", _sign, "sign a bundle, or check its signature")
+    sign.add_argument("bundle", metavar="BUNDLE")
+    sign.add_argument(
+        "--key", metavar="KEY.pem", help="the elliptic-curve private key to sign with"
+    )
+    sign.add_argument("--check", action="store_true", help="check the signature that is there")
+    sign.add_argument("--public-key", metavar="FILE", help="with --check: the key to check it with")
 
     models = _command(commands, "models", _models, "the models that export and train know")
     _add_json(models)
@@ -628,6 +694,14 @@ def _add_training(train: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_public_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--public-key",
+        metavar="FILE",
+        help="refuse a bundle that was not signed with the private key that belongs to it",
+    )
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", help="write the figures there; - is standard output"
@@ -685,6 +759,7 @@ def _load(options: argparse.Namespace, bundle: str, postprocess: str | None = No
         threads=options.threads,
         compiled_head=head,
         postprocessing=NOTHING_MORE if postprocess is None else postprocess,
+        public_key=getattr(options, "public_key", None),
     )
 
 
@@ -760,129 +835,88 @@ def _program() -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from edgeseg.pipeline import Pipeline
-    from edgeseg.sink import open_sink
-    from edgeseg.source import open_source
+    from edgeseg.session import Look, Page, Session
     from edgeseg.source.address import without_password
 
     _check_json(options)
-    if len(options.source) > 1:
-        return _run_several(options)
-    (uri,) = options.source
-    with _load(options, options.bundle, options.postprocess) as model:
-        source = open_source(uri)
-        source.listen(_state_teller(source))
-        with Pipeline(
-            model.engine,
-            source,
-            max_frames=options.frames,
-            postprocessing=model.postprocessing,
-        ) as pipeline:
-            total = options.frames or source.length or 0
-            written = 0
-            with (
-                open_sink(
-                    options.save,
-                    show=options.show,
-                    fps=source.fps,
-                    opacity=options.opacity,
-                    legend=not options.no_legend,
-                    masks=options.masks,
-                ) as sink,
-                progress(f"segmenting {without_password(uri)}") as update,
-            ):
-                try:
-                    for result in pipeline:
-                        started_ns = time.perf_counter_ns()
-                        sink.write(result)
-                        pipeline.ledger.record("output", time.perf_counter_ns() - started_ns)
-                        written += 1
-                        update(written, total)
-                        if sink.stopped:
-                            break
-                except KeyboardInterrupt:
-                    # What is finished is kept: leaving the block in peace closes the sink.
-                    print("edgeseg: stopped; what was finished is kept", file=sys.stderr)
-            summary = pipeline.ledger.summary()
-            notes = source.notes
-        lines = [
-            model.engine.description,
-            f"{summary.frames} frames, {summary.dropped} dropped, "
-            f"{summary.fps:.1f} frames per second",
-            *notes,
-        ]
-        if options.save and written:
-            lines.append(f"saved {options.save}")
-        content = {**summary.to_dict(), "engine": model.engine.name, "notes": list(notes)}
-        _tell(options, "\n".join(lines), content)
-    return 0
-
-
-def _run_several(options: argparse.Namespace) -> int:
-    """Several sources in one engine, each with its own output; 1 when one of them failed."""
-    from edgeseg.sink import MultiSink, Sink, WindowSink, open_sink
-    from edgeseg.streams import Streams
-
-    looks: dict[str, Any] = {"opacity": options.opacity, "legend": not options.no_legend}
-    sinks: dict[str, Sink] = {}
-    written: dict[str, int] = {}
-    lines: list[str] = []
-    content: dict[str, object] = {}
-    with ExitStack() as stack:
-        model = stack.enter_context(_load(options, options.bundle, options.postprocess))
-        sources, failures = _opened_sources(options.source)
-        streams = stack.enter_context(
-            Streams(
-                model.engine,
-                sources,
-                max_frames=options.frames,
-                postprocessing=model.postprocessing,
-            )
+    bundle, uris = _model_and_sources(options)
+    if options.serve is None and (options.token or options.recordings):
+        raise RequestError("--token and --recordings are for the web page; add --serve")
+    page = None
+    if options.serve is not None:
+        folder = Path(options.recordings) if options.recordings else None
+        page = Page(options.serve, options.token, folder)
+    title = without_password(uris[0]) if len(uris) == 1 else f"{len(uris)} sources"
+    with _load(options, bundle, options.postprocess) as model:
+        sources, failures = _opened_sources(uris)
+        session = Session(
+            model,
+            sources,
+            save=options.save,
+            show=options.show,
+            page=page,
+            frames=options.frames,
+            named=len(uris) > 1,
+            look=Look(options.opacity, not options.no_legend, options.masks),
+            tell=lambda line: print(f"edgeseg: {line}", file=sys.stderr, flush=True),
         )
-        try:
-            # In a stack of their own: outputs are finished before the streams are counted.
-            with ExitStack() as outputs:
-                for name, source in sources.items():
-                    target = options.save and _target_of(options.save, name)
-                    sink = open_sink(target, fps=source.fps, masks=options.masks, **looks)
-                    if options.show:
-                        sink = MultiSink((WindowSink(f"EdgeSeg: {name}", **looks), sink))
-                    sinks[name] = outputs.enter_context(sink)
-                    written[name] = 0
-                update = outputs.enter_context(progress(f"segmenting {len(sources)} sources"))
-                for stream in streams:
-                    started_ns = time.perf_counter_ns()
-                    sinks[stream.name].write(stream.result)
-                    spent_ns = time.perf_counter_ns() - started_ns
-                    streams.ledgers[stream.name].record("output", spent_ns)
-                    written[stream.name] += 1
-                    update(sum(written.values()), 0)
-                    if any(sink.stopped for sink in sinks.values()):
-                        break
-        except KeyboardInterrupt:
-            print("edgeseg: stopped; what was finished is kept", file=sys.stderr)
-        streams.close()
-        failures |= {name: str(error) for name, error in streams.errors.items()}
-        lines.append(model.engine.description)
-        for name, source in sources.items():
-            summary = streams.ledgers[name].summary()
+        with progress(f"segmenting {title}") as update:
+            outcome = session.run(update)
+        engine, description = model.engine.name, model.engine.description
+    if outcome.stopped:
+        print("edgeseg: stopped; what was finished is kept", file=sys.stderr)
+    lines, content = [description], dict[str, dict[str, object]]()
+    for source in outcome.sources:
+        summary = source.summary
+        name = f"{source.name}: " if len(uris) > 1 else ""
+        lines.append(
+            f"{name}{summary.frames} frames, {summary.dropped} dropped, "
+            f"{summary.fps:.1f} frames per second"
+        )
+        lines += [f"{name}{note}" for note in source.notes]
+        lines += [f"{name}saved {target}" for target in source.saved]
+        content[source.name] = {**summary.to_dict(), "notes": list(source.notes)}
+        if source.error is not None:
+            failures[source.name] = source.error
+    for outlet in outcome.outlets:
+        if outlet.error is not None:
+            failures[outlet.name] = outlet.error
+        elif outlet.dropped:
             lines.append(
-                f"{name}: {summary.frames} frames, {summary.dropped} dropped, "
-                f"{summary.fps:.1f} frames per second"
+                f"{outlet.name}: {outlet.dropped} results were not written, newer ones came"
             )
-            lines += [f"{name}: {note}" for note in source.notes]
-            if options.save and written[name]:
-                lines.append(f"{name}: saved {_target_of(options.save, name)}")
-            content[name] = {**summary.to_dict(), "notes": list(source.notes)}
-        found: dict[str, object] = {
-            "engine": model.engine.name,
-            "sources": content,
-            "failed": failures,
-        }
+    found: dict[str, object] = {
+        "engine": engine,
+        "outlets": [asdict(outlet) for outlet in outcome.outlets],
+        "failed": failures,
+    }
+    if len(uris) == 1:
+        (only,) = content.values()
+        found = {**only, **found}
+    else:
+        found["sources"] = content
     for name, reason in failures.items():
-        print(f"edgeseg: {name}: {reason}", file=sys.stderr)
+        print(
+            f"edgeseg: {name}: {reason}" if len(uris) > 1 else f"edgeseg: {reason}", file=sys.stderr
+        )
     _tell(options, "\n".join(lines), found)
     return 1 if failures else 0
+
+
+def _model_and_sources(options: argparse.Namespace) -> tuple[str, list[str]]:
+    """The bundle and the URIs that were asked for; a URI alone is for the shipped model."""
+    bundle, uris = options.bundle, list(options.source)
+    if not uris:
+        is_file = Path(bundle).is_file() and not bundle.endswith(".onnx")
+        if ":" not in bundle and not is_file:
+            raise RequestError(
+                f"what {bundle} is to segment is missing; add --source, such as --source synthetic:"
+            )
+        bundle, uris = "streets", [bundle]
+    if options.serve is not None:
+        # Somebody is to look at it, and not for a few seconds.
+        uris = ["synthetic:?live=1&frames=0" if uri == "synthetic:" else uri for uri in uris]
+    return bundle, uris
 
 
 def _opened_sources(uris: Sequence[str]) -> tuple[dict[str, Source], dict[str, str]]:
@@ -927,14 +961,6 @@ def _names_of(uris: Sequence[str]) -> list[str]:
     return names
 
 
-def _target_of(save: str, name: str) -> str:
-    """Where the results of one of several sources go: out.mp4 -> out-NAME.mp4, DIR -> DIR/NAME."""
-    path = Path(save)
-    if path.is_dir() or not path.suffix:
-        return str(path / name)
-    return str(path.with_name(f"{path.stem}-{name}{path.suffix}"))
-
-
 def _state_teller(source: Source) -> Callable[[Status], None]:
     """What says on standard error that a live source is lost, and that it is back."""
     from edgeseg.source.address import without_password
@@ -956,23 +982,74 @@ def _state_teller(source: Source) -> Callable[[Status], None]:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    from edgeseg.profile import profile
+    from edgeseg.postprocess import NOTHING_MORE
+    from edgeseg.profile import Comparison, Profile, Setting, Sweep, compare, profile, sweep
 
     _check_json(options)
     _check_file(options.report)
-    with _load(options, options.bundle, options.postprocess) as model:
-        with progress(f"profiling {options.bundle}") as update:
-            found = profile(
-                model,
-                options.source,
-                frames=options.frames,
-                layers=options.layers,
-                progress=update,
-            )
-        if options.report is not None:
-            found.report().write(options.report)
-        _tell(options, found.render(), found.to_dict())
-    return 0
+    if options.bundle is None and not options.compare:
+        raise RequestError("a profile is of a BUNDLE, such as streets, and none came")
+    if options.layers and (options.compare or options.sweep):
+        raise RequestError("--layers is for one bundle; leave out --compare and --sweep")
+    if options.at_least is not None and not options.sweep:
+        raise RequestError("--at-least goes with --sweep")
+    given = Setting("", options.engine, options.threads, options.head)
+    first, *others = ([] if options.bundle is None else [options.bundle]) + options.compare
+    base = Setting.parse(first, given)
+    settings = [base, *(Setting.parse(text, base) for text in others)]
+    postprocessing = options.postprocess or NOTHING_MORE
+    found: Comparison | Profile | Sweep
+    try:
+        if options.sweep:
+            with progress("racing settings") as update:
+                found = sweep(
+                    settings,
+                    options.source,
+                    seconds=options.seconds,
+                    frames=options.frames,
+                    seed=options.seed,
+                    at_least=options.at_least,
+                    save=not options.no_save,
+                    warm_up=options.warm_up,
+                    rounds=options.rounds,
+                    postprocessing=postprocessing,
+                    progress=update,
+                )
+        elif options.compare:
+            with progress("measuring in turns") as update:
+                found = compare(
+                    settings,
+                    options.source,
+                    seconds=options.seconds,
+                    frames=options.frames,
+                    seed=options.seed,
+                    warm_up=options.warm_up,
+                    rounds=options.rounds,
+                    postprocessing=postprocessing,
+                    progress=update,
+                )
+        else:
+            options.engine, options.threads, options.head = base.engine, base.threads, base.head
+            with (
+                _load(options, base.bundle, options.postprocess) as model,
+                progress(f"profiling {base.bundle}") as update,
+            ):
+                found = profile(
+                    model,
+                    options.source,
+                    frames=options.frames,
+                    seconds=options.seconds,
+                    warm_up=options.warm_up,
+                    layers=options.layers,
+                    progress=update,
+                )
+    except KeyboardInterrupt:
+        print("edgeseg: stopped before anything was measured", file=sys.stderr)
+        return _INTERRUPTED
+    if options.report is not None:
+        found.report().write(options.report)
+    _tell(options, found.render(), found.to_dict())
+    return _INTERRUPTED if found.stopped else 0
 
 
 def _estimate(options: argparse.Namespace) -> int:
@@ -1172,6 +1249,7 @@ def _export(options: argparse.Namespace) -> int:
         or options.confidence
         or options.half_weights
         or options.views is not None
+        or options.balance
         or (options.mean, options.std, options.order) != (None, None, None)
         or (options.adapter, options.output_name) != (None, None)
         or (options.least_score, options.overlap) != (None, None)
@@ -1207,6 +1285,7 @@ def _export(options: argparse.Namespace) -> int:
                 data=options.data,
                 split=options.split,
                 views=parse_views(options.views) if options.views is not None else (),
+                balance=tuple(options.balance),
                 own=OwnOptions(
                     mean=options.mean,
                     std=options.std,
@@ -1463,7 +1542,7 @@ def _build(options: argparse.Namespace) -> int:
     from edgeseg.kernels.build import find_plugin_library
 
     _check_json(options)
-    bundle = Bundle.open(options.bundle)
+    bundle = Bundle.open(options.bundle, public_key=options.public_key)
     wanted = BuildOptions(
         plugins=options.plugins,
         workspace_mb=options.workspace,
@@ -1505,7 +1584,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from edgeseg.bundle import Bundle
 
     _check_json(options)
-    bundle = Bundle.open(options.bundle)
+    bundle = Bundle.open(options.bundle, public_key=options.public_key)
     spec = bundle.spec
     order = spec.preprocessing.order.upper()
     lines = [
@@ -1532,7 +1611,7 @@ def _inspect(options: argparse.Namespace) -> int:
     }
     quantization = bundle.manifest.get("quantization")
     if quantization:
-        floats = quantization.get("floats", [])
+        floats = [str(name) for name in _listed(quantization.get("floats"))]
         lines += [
             "  quantization",
             f"    layers in floating point: {', '.join(floats) or 'none'}",
@@ -1558,8 +1637,36 @@ def _promised_outputs(spec: ModelSpec) -> str:
 
 
 def _calibrated_with(quantization: Mapping[str, Any]) -> str:
-    sets = quantization.get("calibration", [])
-    return ", ".join(f"{entry['frames']} frames of {entry['source']}" for entry in sets)
+    sets = [
+        entry for entry in _listed(quantization.get("calibration")) if isinstance(entry, Mapping)
+    ]
+    return ", ".join(f"{entry.get('frames')} frames of {entry.get('source')}" for entry in sets)
+
+
+def _listed(value: object) -> list[Any]:
+    """``value`` if it is a list: a manifest may be anybody's."""
+    return value if isinstance(value, list) else []
+
+
+def _sign(options: argparse.Namespace) -> int:
+    from edgeseg.bundle import Bundle
+    from edgeseg.signing import sign_folder
+
+    if options.check in (options.public_key is None, options.key is not None):
+        raise RequestError(
+            "a bundle is signed with --key KEY.pem, and a signature checked with --check "
+            "--public-key KEY.pub"
+        )
+    if options.check:
+        bundle = Bundle.open(options.bundle, public_key=options.public_key)
+        print(f"{bundle.folder} is what was signed with the key of {options.public_key}")
+        return 0
+    # What cannot be opened is not signed either.
+    bundle = Bundle.open(options.bundle)
+    if bundle.folder is None:
+        raise RequestError(f"{bundle.model_path} is a lone file; give the bundle's folder")
+    print(f"wrote {sign_folder(bundle.folder, options.key)}")
+    return 0
 
 
 def _placement(bundle: Bundle) -> Placement | None:

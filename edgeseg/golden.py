@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edgeseg.errors import BundleError
 from edgeseg.frame import Pixels
 from edgeseg.instances import InstanceOutputs
+from edgeseg.jsonfile import parse_json
 from edgeseg.result import AnyOutputs, Outputs
 
 __all__ = [
@@ -127,14 +128,15 @@ class Golden:
     def from_json(cls, text: str) -> Golden:
         """The pair that ``to_json`` wrote; BundleError for anything else."""
         try:
-            values = json.loads(text)
+            values = parse_json(text)
             golden = cls(
-                int(values["seed"]),
+                _seed(values["seed"]),
                 str(values["samples"]),
                 # Files from before it was written follow the rule for floating point.
-                float(values.get("promised", AGREEMENT)),
+                _share(values.get("promised", AGREEMENT)),
             )
-            bytes.fromhex(golden.samples)
+            if len(bytes.fromhex(golden.samples)) > _GRID * _GRID:
+                raise ValueError(f"more than {_GRID}x{_GRID} samples")
         except (ValueError, KeyError, TypeError) as error:
             raise BundleError(f"the model's golden pair cannot be read ({error})") from error
         return golden
@@ -228,15 +230,19 @@ class InstanceGolden:
     def from_json(cls, text: str) -> InstanceGolden:
         """The pair that ``to_json`` wrote; BundleError for anything else."""
         try:
-            values = json.loads(text)
+            values = parse_json(text)
             detections = []
+            if len(values["detections"]) > _DETECTIONS:
+                raise ValueError(f"more than {_DETECTIONS} detections")
             for label, score, x1, y1, x2, y2, cover in values["detections"]:
                 box = (float(x1), float(y1), float(x2), float(y2))
                 detections.append(Detection(int(label), float(score), box, float(cover)))
             samples = int(values["samples"])
             if samples < 1:
                 raise ValueError(f"a mask of {samples} samples")
-            return cls(int(values["seed"]), tuple(detections), samples, float(values["promised"]))
+            return cls(
+                _seed(values["seed"]), tuple(detections), samples, _share(values["promised"])
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise BundleError(f"the model's golden pair cannot be read ({error})") from error
 
@@ -247,11 +253,27 @@ AnyGolden = Golden | InstanceGolden
 def golden_from_json(text: str) -> AnyGolden:
     """The golden pair of either task that ``to_json`` wrote; BundleError for anything else."""
     try:
-        values = json.loads(text)
+        values = parse_json(text)
         is_instance = isinstance(values, dict) and "detections" in values
     except ValueError as error:
         raise BundleError(f"the model's golden pair cannot be read ({error})") from error
     return InstanceGolden.from_json(text) if is_instance else Golden.from_json(text)
+
+
+def _seed(value: object) -> int:
+    """A seed that numpy takes; TypeError or ValueError for another value."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"a seed of {str(value)[:40]!r}")
+    if value < 0:
+        raise ValueError(f"a seed of {value}")
+    return value
+
+
+def _share(value: object) -> float:
+    """The share that has to agree, above 0, since any engine agrees with nothing."""
+    if not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"a promised agreement of {str(value)[:40]!r}")
+    return float(value)
 
 
 def _detections(outputs: InstanceOutputs) -> list[Detection]:

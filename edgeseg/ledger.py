@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,11 @@ Stage = Literal["capture", "fit", "network", "head", "restore", "output"]
 STAGES: tuple[Stage, ...] = ("capture", "fit", "network", "head", "restore", "output")
 
 # How many of the latest frames the percentiles are made of: eleven minutes at 30 frames per
-# second, in about 1 MB.
+# second, in 1.1 MB for the six stages and the age.
 _REMEMBERED = 20_000
+
+# How far back the recent frames per second reach.
+_RECENT_NS = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -90,15 +94,15 @@ class Ledger:
     postprocessing included;
     ``output`` is drawing and writing, which the caller records. Waiting in line, for the engine or
     for the caller, is in no stage; mask age has it. Percentiles cover the latest 20 000 frames,
-    counts all.
+    counts all. Its memory is taken when it is made, and does not grow with the frames: times are
+    overwritten, and of the last five seconds at most 20 000 masks are remembered.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._times: dict[Stage, deque[int]] = {
-            stage: deque(maxlen=_REMEMBERED) for stage in STAGES
-        }
-        self._ages_ns: deque[int] = deque(maxlen=_REMEMBERED)
+        self._times = {stage: _Latest(_REMEMBERED) for stage in STAGES}
+        self._ages_ns = _Latest(_REMEMBERED)
+        self._recent: deque[int] = deque(maxlen=_REMEMBERED)
         self._frames = 0
         self._dropped = 0
         self._superseded = 0
@@ -144,6 +148,23 @@ class Ledger:
             span_ns = self._last_ns - self._first_ns
             return (self._frames - 1) * 1e9 / span_ns if span_ns > 0 else 0.0
 
+    def recent_fps(self, now_ns: int | None = None) -> float:
+        """Finished masks per second over the last five seconds; 0.0 when there were none.
+
+        In the first five seconds after the first mask: since then, without it. ``now_ns``: a
+        ``time.monotonic_ns()``, None for now.
+        """
+        now_ns = time.monotonic_ns() if now_ns is None else now_ns
+        since_ns = now_ns - _RECENT_NS
+        with self._lock:
+            finished = [at_ns for at_ns in self._recent if at_ns > since_ns]
+            all_are_there = len(self._recent) < _REMEMBERED
+            begun = self._frames > 0 and self._first_ns <= since_ns
+        if begun and all_are_there:
+            return len(finished) * 1e9 / _RECENT_NS
+        span_ns = now_ns - finished[0] if finished else 0
+        return (len(finished) - 1) * 1e9 / span_ns if span_ns > 0 else 0.0
+
     def record(self, stage: Stage, ns: int) -> None:
         """Adds one frame's time in ``stage``, in nanoseconds."""
         if stage not in self._times:
@@ -153,15 +174,20 @@ class Ledger:
 
     def count_finished(self, result: AnyResult, restore_ns: int) -> None:
         """Counts one finished mask, with its age and the engine's times in network and head."""
+        finished_ns = result.finished_ns
         with self._lock:
             self._times["network"].append(result.outputs.network_ns)
             self._times["head"].append(result.outputs.head_ns)
             self._times["restore"].append(restore_ns)
-            self._ages_ns.append(result.finished_ns - result.frame.captured_ns)
+            self._ages_ns.append(finished_ns - result.frame.captured_ns)
             if self._frames == 0:
-                self._first_ns = result.finished_ns
-            self._last_ns = result.finished_ns
+                self._first_ns = finished_ns
+            self._last_ns = finished_ns
             self._frames += 1
+            recent = self._recent
+            recent.append(finished_ns)
+            while recent[0] <= finished_ns - _RECENT_NS:
+                recent.popleft()
 
     def count_dropped(self, frames: int = 1) -> None:
         """Counts captured frames that were not processed."""
@@ -187,15 +213,19 @@ class Ledger:
     def percentiles(self, stage: Stage) -> tuple[float, float, float]:
         """(p50, p95, p99) of one stage in milliseconds; zeros when nothing was recorded."""
         with self._lock:
-            times = list(self._times[stage])
+            times = self._times[stage].copy()
         p50, p95, p99 = _percentiles_ms(times, (50, 95, 99))
         return p50, p95, p99
 
     def summary(self) -> Summary:
-        """The figures so far; a stage that nobody recorded is left out."""
+        """The figures so far; a stage that nobody recorded is left out.
+
+        Takes a few milliseconds, of which other threads wait microseconds: times are copied under
+        the lock, and sorted outside of it.
+        """
         with self._lock:
-            recorded = [stage for stage in STAGES if self._times[stage]]
-            ages_ns = list(self._ages_ns)
+            recorded = [stage for stage in STAGES if len(self._times[stage])]
+            ages_ns = self._ages_ns.copy()
             frames, dropped = self._frames, self._dropped
         p50, p99 = _percentiles_ms(ages_ns, (50, 99))
         return Summary(
@@ -229,7 +259,30 @@ def timed(source: Source, ledger: Ledger, wanted: Callable[[int], bool]) -> Iter
         del frame
 
 
-def _percentiles_ms(times_ns: Sequence[int], ranks: Sequence[float]) -> list[float]:
+class _Latest:
+    """The latest ``capacity`` of a series of times; one that is full overwrites its oldest."""
+
+    def __init__(self, capacity: int) -> None:
+        # Written once, so that the system gives the memory now and not frame by frame.
+        self._times = array("q", bytes(8 * capacity))
+        self._capacity = capacity
+        self._next = 0
+
+    def __len__(self) -> int:
+        return min(self._next, self._capacity)
+
+    def append(self, ns: int) -> None:
+        """Takes one more."""
+        at = self._next
+        self._times[at % self._capacity] = ns
+        self._next = at + 1
+
+    def copy(self) -> array[int]:
+        """Those that are there, in no order."""
+        return self._times[: len(self)]
+
+
+def _percentiles_ms(times_ns: array[int], ranks: Sequence[float]) -> list[float]:
     if not times_ns:
         return [0.0] * len(ranks)
-    return [float(value) / 1e6 for value in np.percentile(np.asarray(times_ns), ranks)]
+    return [float(value) / 1e6 for value in np.percentile(np.frombuffer(times_ns, np.int64), ranks)]

@@ -113,6 +113,7 @@ def load(
     threads: int = 0,
     compiled_head: bool | None = None,
     postprocessing: str | Postprocessing = NOTHING_MORE,
+    public_key: str | os.PathLike[str] | None = None,
 ) -> Model:
     """The model of a bundle, opened on the best engine that is here.
 
@@ -123,12 +124,14 @@ def load(
     ``threads``: 0 leaves it to the library. ``compiled_head``: False upsamples inside the graph,
     None uses the compiled kernel if it is there. ``postprocessing``: steps after the network, as
     `Postprocessing` or by name, such as ``"refine"``; docs/postprocessing.md has their prices.
+    ``public_key``: a PEM file; a bundle that was not signed with the private key that belongs to it
+    (`edgeseg sign`) is refused before anything of the model is looked at.
 
     BundleError, EngineError or RequestError say in one sentence what is wrong and what helps.
     """
     if isinstance(postprocessing, str):
         postprocessing = Postprocessing.parse(postprocessing)
-    bundle = Bundle.open(source)
+    bundle = Bundle.open(source, public_key=public_key)
     # Before the engine is opened: that may take minutes.
     postprocessing.check(bundle.spec)
     opened = open_engine(bundle, engine, threads=threads, compiled_head=compiled_head)

@@ -8,21 +8,48 @@ plugins. Each is a matter of moving
 whole protobuf fields, so that is what this does: fields it has no business with are copied as they
 are, byte for byte.
 
-Field numbers: onnx/onnx.proto (ONNX IR 10). Wire format: the Protocol Buffers encoding guide.
+The file may be anybody's: lengths are checked where they are read (`edgeseg.protobuf`), and what a
+few bytes could blow up is bounded here.
+
+Field numbers: onnx/onnx.proto (ONNX IR 10).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from edgeseg.errors import BundleError
+from edgeseg.files import read_file
+from edgeseg.protobuf import (
+    BYTES,
+    VARINT,
+    Buffer,
+    Field,
+    WireError,
+    fields,
+    joined,
+    text_of,
+    texts_of,
+)
 
-__all__ = ["DOMAIN", "HEAD", "MASK_HEAD", "PLUGIN_VERSION", "Head", "MaskHead", "OnnxFile"]
+__all__ = [
+    "DOMAIN",
+    "HEAD",
+    "LARGEST",
+    "MASK_HEAD",
+    "PLUGIN_VERSION",
+    "Head",
+    "MaskHead",
+    "OnnxFile",
+]
+
+#: bytes of the largest model there can be: Protocol Buffers count a message in 31 bits
+LARGEST = (1 << 31) - 1
 
 #: domain of EdgeSeg's operators, and namespace of the TensorRT plugins for them
 DOMAIN = "edgeseg"
@@ -33,8 +60,6 @@ PLUGIN_VERSION = "1"
 HEAD = "EdgeSegUpsampleArgmax"
 #: op type of the head that makes the masks of instances (domain ``edgeseg``)
 MASK_HEAD = "EdgeSegMaskAssembly"
-
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 _MODEL_GRAPH, _MODEL_METADATA, _MODEL_FUNCTION = 7, 14, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_OUTPUT = 1, 5, 12
@@ -48,8 +73,32 @@ _TYPE_INT, _TYPE_STRING = 2, 3  # AttributeProto.AttributeType
 _FUNCTION_NAME, _FUNCTION_INPUT, _FUNCTION_OUTPUT, _FUNCTION_NODE = 1, 4, 5, 7
 _FLOAT, _UINT8, _FLOAT16 = 1, 2, 10  # TensorProto.DataType
 
-#: one protobuf field: its number, its wire type, and its value (an int, or the bytes)
-Field = tuple[int, int, int, bytes]
+_TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2
+_EXTERNAL = 1  # TensorProto.DataLocation
+
+# Where tensors may be: kind of message -> field -> kind of message in it.
+_HOLDERS: Mapping[str, Mapping[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {
+        5: "tensor",
+        6: "graph",
+        10: "tensor",
+        11: "graph",
+        22: "sparse",
+        23: "sparse",
+    },
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+# Protocol Buffers' own limit.
+_DEEPEST = 100
+# A network has hundreds of nodes. A function called by each of a million has a million times its
+# own.
+_MOST_NODES = 100_000
 
 
 @dataclass(frozen=True)
@@ -93,22 +142,59 @@ class OnnxFile:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> OnnxFile:
-        """The file at ``path``; BundleError if it cannot be read."""
+        """The file at ``path``; BundleError if it cannot be read, or has more than 2 GiB."""
         try:
-            return cls(Path(path).read_bytes(), str(path))
+            return cls(read_file(path, most=LARGEST), str(path))
         except OSError as error:
             raise BundleError(f"{path} cannot be read ({error.strerror})") from error
 
     def metadata(self) -> dict[str, str]:
         """``metadata_props``: key -> value."""
-        found = {}
+        found: dict[str, str] = {}
         for number, wire, _, value in self._fields(self.content):
-            if (number, wire) == (_MODEL_METADATA, _BYTES):
-                entry = {field[0]: field[3] for field in self._fields(value)}
-                found[entry.get(1, b"").decode("utf-8", "replace")] = entry.get(2, b"").decode(
-                    "utf-8", "replace"
-                )
+            if (number, wire) == (_MODEL_METADATA, BYTES):
+                key = self._text(value, _ENTRY_KEY)
+                if key in found:
+                    raise BundleError(
+                        f"{self.name} says {key!r} twice in its metadata; export it again"
+                    )
+                found[key] = self._text(value, _ENTRY_VALUE)
         return found
+
+    def check_whole(self) -> None:
+        """BundleError when weights lie in another file, or messages in one another without end.
+
+        What other libraries look up in such a file's place depends on the folder they run in.
+        """
+        level: list[tuple[str, Buffer]] = [("model", self.content)]
+        for _ in range(_DEEPEST):
+            below: list[tuple[str, Buffer]] = []
+            for kind, message in level:
+                if kind == "tensor":
+                    self._check_inside(message)
+                    continue
+                holders = _HOLDERS[kind]
+                below.extend(
+                    (holders[number], value)
+                    for number, wire, _, value in self._fields(message)
+                    if number in holders and wire == BYTES
+                )
+            if not below:
+                return
+            level = below
+        raise self._damaged()
+
+    def _check_inside(self, tensor: Buffer) -> None:
+        for number, wire, integer, value in self._fields(tensor):
+            if (number, wire, integer) == (_TENSOR_LOCATION, VARINT, _EXTERNAL) or (
+                (number, wire) == (_TENSOR_EXTERNAL, BYTES)
+                and self._text(value, _ENTRY_KEY) == "location"
+            ):
+                raise BundleError(
+                    f"{self.name} keeps the weights {self._text(tensor, _TENSOR_NAME)!r} in a file "
+                    "beside it, and a bundle's model has all of them inside; `edgeseg export` of "
+                    "the original ONNX file takes them in"
+                )
 
     def is_quantized(self) -> bool:
         """Whether the graph says itself what is int8: whether it has a DequantizeLinear."""
@@ -131,7 +217,7 @@ class OnnxFile:
         outputs = sum(number == _GRAPH_OUTPUT for number, _, _, _ in graph)
         kept, _ = self._upstream(graph, head)
         rest = [field for field in kept if field[0] != _GRAPH_OUTPUT]
-        output = (_GRAPH_OUTPUT, _BYTES, 0, _float_value_info(logits, 4))
+        output = (_GRAPH_OUTPUT, BYTES, 0, _float_value_info(logits, 4))
         return _rewritten(model, [*rest, output]), Head(
             logits=logits,
             height=attributes["height"],
@@ -175,7 +261,7 @@ class OnnxFile:
             written.append(field)
         for name, axes in zip(inputs[:3], (4, 3, 3), strict=True):
             if name not in given:
-                written.append((_GRAPH_OUTPUT, _BYTES, 0, _float_value_info(name, axes)))
+                written.append((_GRAPH_OUTPUT, BYTES, 0, _float_value_info(name, axes)))
         prototypes, coefficients, boxes, _ = inputs
         return _rewritten(model, written), MaskHead(
             prototypes=prototypes,
@@ -197,6 +283,7 @@ class OnnxFile:
             if number == _MODEL_FUNCTION and self._text(value, _FUNCTION_NAME) != but
         }
         written: list[Field] = []
+        nodes = 0
         for index, field in enumerate(graph):
             function = (
                 functions.get(self._text(field[3], _NODE_OP_TYPE))
@@ -205,8 +292,15 @@ class OnnxFile:
             )
             if function is None:
                 written.append(field)
-            else:
-                written.extend(self._body(function, field[3], f"edgeseg_{index}_"))
+                continue
+            for node in self._body(function, field[3], f"edgeseg_{index}_"):
+                nodes += 1
+                if nodes > _MOST_NODES:
+                    raise BundleError(
+                        f"{self.name} has more than {_MOST_NODES} nodes in its functions, which no "
+                        "network needs; export it again"
+                    )
+                written.append(node)
         return _rewritten(model, written)
 
     def for_tensorrt(self, *, plugins: bool) -> bytes:
@@ -245,8 +339,8 @@ class OnnxFile:
                 # A plugin has to know how many outputs it has before it sees the graph.
                 outputs = len(self._texts(node, _NODE_OUTPUT))
                 added.append(_integer("confidence", int(outputs > 1)))
-            attributes = [(_NODE_ATTRIBUTE, _BYTES, 0, attribute) for attribute in added]
-            written.append((_GRAPH_NODE, _BYTES, 0, _joined([*self._fields(node), *attributes])))
+            attributes = [(_NODE_ATTRIBUTE, BYTES, 0, attribute) for attribute in added]
+            written.append((_GRAPH_NODE, BYTES, 0, joined([*self._fields(node), *attributes])))
         return _rewritten(model, written)
 
     def _casting_from_float(self, content: bytes) -> bytes:
@@ -258,8 +352,8 @@ class OnnxFile:
             if field[0] == _GRAPH_NODE and self._cast_target(node) == _UINT8:
                 (source,) = self._texts(node, _NODE_INPUT)
                 between = f"{source}.as_float"
-                written.append((_GRAPH_NODE, _BYTES, 0, _cast_node(source, between, _FLOAT)))
-                node = _joined(
+                written.append((_GRAPH_NODE, BYTES, 0, _cast_node(source, between, _FLOAT)))
+                node = joined(
                     [
                         (
                             number,
@@ -295,15 +389,15 @@ class OnnxFile:
             if field[0] == _GRAPH_NODE and index not in done
             for name in self._texts(field[3], _NODE_INPUT)
         }
-        written = []
+        written: list[Field] = []
         for index, field in enumerate(graph):
             if index in done:
-                written.append((_GRAPH_INITIALIZER, _BYTES, 0, done[index]))
+                written.append((_GRAPH_INITIALIZER, BYTES, 0, done[index]))
             elif field[0] != _GRAPH_INITIALIZER or self._text(field[3], _TENSOR_NAME) in left:
                 written.append(field)
         return _rewritten(model, written)
 
-    def _widened(self, tensor: bytes, name: str) -> bytes | None:
+    def _widened(self, tensor: Buffer, name: str) -> bytes | None:
         """A float16 TensorProto as a float32 one called ``name``; None for other types."""
         fields = list(self._fields(tensor))
         types = [field[2] for field in fields if field[0] == _TENSOR_TYPE]
@@ -314,19 +408,19 @@ class OnnxFile:
             raise self._damaged()
         values = np.frombuffer(raw[0], "<f2").astype("<f4").tobytes()
         replaced: dict[int, Field] = {
-            _TENSOR_TYPE: (_TENSOR_TYPE, _VARINT, _FLOAT, b""),
-            _TENSOR_NAME: (_TENSOR_NAME, _BYTES, 0, name.encode()),
-            _TENSOR_RAW: (_TENSOR_RAW, _BYTES, 0, values),
+            _TENSOR_TYPE: (_TENSOR_TYPE, VARINT, _FLOAT, b""),
+            _TENSOR_NAME: (_TENSOR_NAME, BYTES, 0, name.encode()),
+            _TENSOR_RAW: (_TENSOR_RAW, BYTES, 0, values),
         }
-        return _joined([replaced.get(field[0], field) for field in fields])
+        return joined([replaced.get(field[0], field) for field in fields])
 
-    def _cast_target(self, node: bytes) -> int | None:
+    def _cast_target(self, node: Buffer) -> int | None:
         """The element type that a Cast node gives, None for other nodes."""
         if self._text(node, _NODE_OP_TYPE) != "Cast" or self._text(node, _NODE_DOMAIN):
             return None
         return self._named_integers(node).get("to")
 
-    def _body(self, function: bytes, call: bytes, prefix: str) -> Iterator[Field]:
+    def _body(self, function: Buffer, call: Buffer, prefix: str) -> Iterator[Field]:
         """The nodes of ``function`` with the names and attributes of ``call``."""
         names = dict(
             zip(
@@ -347,29 +441,29 @@ class OnnxFile:
         }
         for number, _, _, node in self._fields(function):
             if number == _FUNCTION_NODE:
-                yield _GRAPH_NODE, _BYTES, 0, self._bound(node, names, attributes, prefix)
+                yield _GRAPH_NODE, BYTES, 0, self._bound(node, names, attributes, prefix)
 
     def _bound(
         self,
-        node: bytes,
+        node: Buffer,
         names: Mapping[str, str],
-        attributes: Mapping[str, bytes],
+        attributes: Mapping[str, Buffer],
         prefix: str,
     ) -> bytes:
         written: list[Field] = []
         for number, wire, integer, value in self._fields(node):
             if number in (_NODE_INPUT, _NODE_OUTPUT):
-                name = value.decode("utf-8", "replace")
+                name = str(value, "utf-8", "replace")
                 # An empty name is an optional input left out; it stays empty.
                 value = (names.get(name, prefix + name) if name else "").encode()
             elif number == _NODE_NAME:
-                value = prefix.encode() + value
+                value = prefix.encode() + bytes(value)
             elif number == _NODE_ATTRIBUTE:
                 value = self._resolved(value, attributes)
             written.append((number, wire, integer, value))
-        return _joined(written)
+        return joined(written)
 
-    def _resolved(self, attribute: bytes, given: Mapping[str, bytes]) -> bytes:
+    def _resolved(self, attribute: Buffer, given: Mapping[str, Buffer]) -> Buffer:
         """``attribute``, or, where it refers to one of the call's, that one under its name."""
         reference = self._text(attribute, _ATTRIBUTE_REFERENCE)
         if not reference:
@@ -377,27 +471,27 @@ class OnnxFile:
         if reference not in given:
             raise BundleError(f"{self.name}: the call of a function leaves out {reference}")
         name = self._text(attribute, _ATTRIBUTE_NAME).encode()
-        return _joined(
+        return joined(
             [
                 (number, wire, integer, name if number == _ATTRIBUTE_NAME else value)
                 for number, wire, integer, value in self._fields(given[reference])
             ]
         )
 
-    def _nodes(self, graph: list[Field], op_type: str) -> list[bytes]:
+    def _nodes(self, graph: list[Field], op_type: str) -> list[Buffer]:
         return [
             value
             for number, _, _, value in graph
             if number == _GRAPH_NODE and self._text(value, _NODE_OP_TYPE) == op_type
         ]
 
-    def _head_node(self, graph: list[Field], op_type: str) -> bytes:
+    def _head_node(self, graph: list[Field], op_type: str) -> Buffer:
         heads = self._nodes(graph, op_type)
         if len(heads) != 1:
             raise BundleError(f"{self.name} has {len(heads)} {op_type} nodes where one is promised")
         return heads[0]
 
-    def _upstream(self, graph: list[Field], head: bytes) -> tuple[list[Field], set[str]]:
+    def _upstream(self, graph: list[Field], head: Buffer) -> tuple[list[Field], set[str]]:
         """``graph`` without ``head`` and what follows it, and the tensors that went with them."""
         gone = set(self._texts(head, _NODE_OUTPUT))
         kept = []
@@ -418,7 +512,7 @@ class OnnxFile:
             raise BundleError(f"{self.name} is not an ONNX model")
         return model, list(self._fields(graphs[0]))
 
-    def _integers(self, node: bytes, op_type: str, names: Sequence[str]) -> dict[str, int]:
+    def _integers(self, node: Buffer, op_type: str, names: Sequence[str]) -> dict[str, int]:
         """The attributes ``names`` of ``node`` as integers; BundleError where one is missing."""
         found = self._named_integers(node)
         for name in names:
@@ -426,7 +520,7 @@ class OnnxFile:
                 raise BundleError(f"{self.name}: {op_type} has no attribute {name}")
         return found
 
-    def _named_integers(self, node: bytes) -> dict[str, int]:
+    def _named_integers(self, node: Buffer) -> dict[str, int]:
         """The attributes of ``node`` as integers; 0 where one has no integer value."""
         found = {}
         for number, _, _, value in self._fields(node):
@@ -435,50 +529,24 @@ class OnnxFile:
                 found[self._text(value, _ATTRIBUTE_NAME)] = integers[0] if integers else 0
         return found
 
-    def _texts(self, message: bytes, number: int) -> list[str]:
-        return [
-            value.decode("utf-8", "replace")
-            for found, wire, _, value in self._fields(message)
-            if found == number and wire == _BYTES
-        ]
+    def _texts(self, message: Buffer, number: int) -> list[str]:
+        with self._checked():
+            return texts_of(message, number)
 
-    def _text(self, message: bytes, number: int) -> str:
-        return next(iter(self._texts(message, number)), "")
+    def _text(self, message: Buffer, number: int) -> str:
+        with self._checked():
+            return text_of(message, number)
 
-    def _fields(self, message: bytes) -> Iterator[Field]:
-        position = 0
-        end = len(message)
-        while position < end:
-            key, position = self._varint(message, position)
-            number, wire = key >> 3, key & 7
-            if number == 0:
-                raise self._damaged()
-            if wire == _VARINT:
-                integer, position = self._varint(message, position)
-                yield number, wire, integer, b""
-                continue
-            if wire == _BYTES:
-                size, position = self._varint(message, position)
-            elif wire in (_FIXED64, _FIXED32):
-                size = 8 if wire == _FIXED64 else 4
-            else:
-                raise self._damaged()
-            if position + size > end:
-                raise self._damaged()
-            yield number, wire, 0, message[position : position + size]
-            position += size
+    def _fields(self, message: Buffer) -> Iterator[Field]:
+        with self._checked():
+            yield from fields(message)
 
-    def _varint(self, message: bytes, position: int) -> tuple[int, int]:
-        value = 0
-        for shift in range(0, 70, 7):
-            if position >= len(message):
-                break
-            byte = message[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value, position
-        raise self._damaged()
+    @contextmanager
+    def _checked(self) -> Iterator[None]:
+        try:
+            yield
+        except WireError as error:
+            raise self._damaged() from error
 
     def _damaged(self) -> BundleError:
         return BundleError(
@@ -493,9 +561,9 @@ def _rewritten(model: list[Field], graph: list[Field]) -> bytes:
     The place matters: OpenVINO takes a stream for ONNX by its first three fields, which have to be
     different ones.
     """
-    return _joined(
+    return joined(
         [
-            (_MODEL_GRAPH, _BYTES, 0, _joined(graph)) if field[0] == _MODEL_GRAPH else field
+            (_MODEL_GRAPH, BYTES, 0, joined(graph)) if field[0] == _MODEL_GRAPH else field
             for field in model
             if field[0] != _MODEL_FUNCTION
         ]
@@ -504,64 +572,42 @@ def _rewritten(model: list[Field], graph: list[Field]) -> bytes:
 
 def _float_value_info(name: str, axes: int) -> bytes:
     """A ValueInfoProto: ``name``, float32, ``axes`` dimensions whose sizes inference will find."""
-    shape = _joined([(1, _BYTES, 0, b"")] * axes)
-    tensor = _joined([(1, _VARINT, _FLOAT, b""), (2, _BYTES, 0, shape)])
-    kind = _joined([(1, _BYTES, 0, tensor)])
-    return _joined([(1, _BYTES, 0, name.encode()), (2, _BYTES, 0, kind)])
+    shape = joined([(1, BYTES, 0, b"")] * axes)
+    tensor = joined([(1, VARINT, _FLOAT, b""), (2, BYTES, 0, shape)])
+    kind = joined([(1, BYTES, 0, tensor)])
+    return joined([(1, BYTES, 0, name.encode()), (2, BYTES, 0, kind)])
 
 
 def _cast_node(source: str, target: str, element_type: int) -> bytes:
     """A NodeProto: Cast of tensor ``source`` to ``element_type``, called ``target``."""
-    return _joined(
+    return joined(
         [
-            (_NODE_INPUT, _BYTES, 0, source.encode()),
-            (_NODE_OUTPUT, _BYTES, 0, target.encode()),
-            (_NODE_NAME, _BYTES, 0, target.encode()),
-            (_NODE_OP_TYPE, _BYTES, 0, b"Cast"),
-            (_NODE_ATTRIBUTE, _BYTES, 0, _integer("to", element_type)),
+            (_NODE_INPUT, BYTES, 0, source.encode()),
+            (_NODE_OUTPUT, BYTES, 0, target.encode()),
+            (_NODE_NAME, BYTES, 0, target.encode()),
+            (_NODE_OP_TYPE, BYTES, 0, b"Cast"),
+            (_NODE_ATTRIBUTE, BYTES, 0, _integer("to", element_type)),
         ]
     )
 
 
 def _integer(name: str, value: int) -> bytes:
     """An AttributeProto."""
-    return _joined(
+    return joined(
         [
-            (_ATTRIBUTE_NAME, _BYTES, 0, name.encode()),
-            (_ATTRIBUTE_INT, _VARINT, value, b""),
-            (_ATTRIBUTE_TYPE, _VARINT, _TYPE_INT, b""),
+            (_ATTRIBUTE_NAME, BYTES, 0, name.encode()),
+            (_ATTRIBUTE_INT, VARINT, value, b""),
+            (_ATTRIBUTE_TYPE, VARINT, _TYPE_INT, b""),
         ]
     )
 
 
 def _string(name: str, value: str) -> bytes:
     """An AttributeProto."""
-    return _joined(
+    return joined(
         [
-            (_ATTRIBUTE_NAME, _BYTES, 0, name.encode()),
-            (_ATTRIBUTE_STRING, _BYTES, 0, value.encode()),
-            (_ATTRIBUTE_TYPE, _VARINT, _TYPE_STRING, b""),
+            (_ATTRIBUTE_NAME, BYTES, 0, name.encode()),
+            (_ATTRIBUTE_STRING, BYTES, 0, value.encode()),
+            (_ATTRIBUTE_TYPE, VARINT, _TYPE_STRING, b""),
         ]
     )
-
-
-def _joined(fields: list[Field]) -> bytes:
-    pieces = []
-    for number, wire, integer, value in fields:
-        pieces.append(_encoded(number << 3 | wire))
-        if wire == _VARINT:
-            pieces.append(_encoded(integer))
-        else:
-            if wire == _BYTES:
-                pieces.append(_encoded(len(value)))
-            pieces.append(value)
-    return b"".join(pieces)
-
-
-def _encoded(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +35,17 @@ __all__ = [
     "Film",
     "Histogram",
     "Histograms",
+    "LineChart",
     "Mark",
     "Paragraph",
     "Picture",
     "Pictures",
     "Point",
+    "Range",
+    "Ranges",
     "Report",
     "Section",
+    "Series",
     "Share",
     "Stack",
     "Table",
@@ -67,6 +71,10 @@ _PANEL_NARROW, _LETTER, _LABEL_ROW = 150, 6.6, 15
 _CURVE_HEIGHT, _CURVE_WIDTHS, _CURVE_MARGIN = 280, (240, 960), 14
 _CURVE_LETTER, _CURVE_LONGEST = 7.4, 30
 _CURVE_LABELS = 12
+
+# The drawing of a line chart: its inner units across, which the page stretches, and pixels down.
+_CHART_UNITS, _CHART_HEIGHT = 1000, 220
+_CHART_STEPS = 7
 
 _MINUS = "\N{MINUS SIGN}"
 
@@ -304,6 +312,81 @@ class Curve:
                 )
 
 
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart: (x, y) points, x rising; one without ``label`` is not in the legend."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """Lines over a common axis, such as milliseconds over time.
+
+    ``from_zero``: the y axis begins at 0; otherwise it shows the part where the lines are.
+    RequestError for no points, for more than eight lines, for coordinates that are no numbers and
+    for an x that goes back.
+    """
+
+    series: tuple[Series, ...]
+    x_label: str
+    y_label: str
+    caption: str = ""
+    from_zero: bool = False
+
+    def __post_init__(self) -> None:
+        if not any(line.points for line in self.series):
+            raise RequestError("a line chart has one or more points, and none came")
+        if len(self.series) > _PALETTE:
+            raise RequestError(
+                f"a line chart has {_PALETTE} lines at most, and {len(self.series)} came"
+            )
+        for line in self.series:
+            for x, y in line.points:
+                if not math.isfinite(x) or not math.isfinite(y):
+                    raise RequestError(
+                        f"a point of a line chart has finite coordinates, and ({x}, {y}) came"
+                    )
+            if any(end[0] < start[0] for start, end in itertools.pairwise(line.points)):
+                raise RequestError(
+                    f"the x of a line chart rises, and that of {line.label!r} does not"
+                )
+
+
+@dataclass(frozen=True)
+class Range:
+    """A value with the interval that it lies in; ``text`` is the number at its end."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    text: str
+
+    def __post_init__(self) -> None:
+        if not -math.inf < self.low <= self.value <= self.high < math.inf:
+            raise RequestError(
+                f"a range is low <= value <= high, and {self.low}, {self.value}, {self.high} came"
+            )
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Values with their intervals, one row each, on a common axis; ``mark`` is a line through all.
+
+    Such as ratios to a reference, with the line at 1. RequestError for none.
+    """
+
+    items: tuple[Range, ...]
+    mark: float | None = None
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise RequestError("ranges are one or more, and none came")
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """A picture with its caption.
@@ -377,6 +460,8 @@ Block = (
     | Stack
     | Histograms
     | Curve
+    | LineChart
+    | Ranges
     | Pictures
     | Film
     | Details
@@ -445,7 +530,7 @@ def _text(text: str) -> str:
 
 def _name(name: str) -> str:
     """A name of a layer or tensor, which may break after the signs that join its words."""
-    return re.sub(r"([/._:])(?=[A-Za-z])", r"\1<wbr>", _text(name))
+    return re.sub(r"([/._:,@])(?=[A-Za-z])", r"\1<wbr>", _text(name))
 
 
 def _section(section: Section) -> str:
@@ -470,6 +555,10 @@ def _block(block: Block) -> str:
         return _histograms(block)
     if isinstance(block, Curve):
         return _curve(block)
+    if isinstance(block, LineChart):
+        return _line_chart(block)
+    if isinstance(block, Ranges):
+        return _ranges(block)
     if isinstance(block, Film):
         return _film(block)
     if isinstance(block, Details):
@@ -867,9 +956,104 @@ def _curve(block: Curve) -> str:
     )
 
 
-def _ticks(values: list[float]) -> list[tuple[float, str]]:
-    """3 to 5 round values with their texts; ``values`` lie between the first and the last.
+def _line_chart(block: LineChart) -> str:
+    """The lines are stretched to the page, their strokes are not; text stays as it is."""
+    points = [point for line in block.series for point in line.points]
+    # Those outside of the points are not drawn.
+    x_ticks = _ticks([x for x, _ in points], _CHART_STEPS)
+    y_ticks = _ticks([y for _, y in points] + ([0.0] if block.from_zero else []))
+    # Time does not go on after the last point, so that the line need not stop at a tick.
+    left, right = min(x for x, _ in points), max(x for x, _ in points)
+    if not right > left:
+        left, right = x_ticks[0][0], x_ticks[-1][0]
 
+    def across(x: float) -> float:
+        return (x - left) / (right - left)
+
+    def down(y: float) -> float:
+        return (1 - (y - y_ticks[0][0]) / (y_ticks[-1][0] - y_ticks[0][0])) * _CHART_HEIGHT
+
+    drawn = []
+    for value, text in x_ticks:
+        if 0 <= across(value) <= 1:
+            at = f"{across(value):.2%}"
+            drawn.append(
+                f'<line class="grid" x1="{at}" x2="{at}" y1="0" y2="{_CHART_HEIGHT}"/>'
+                f'<text class="tick" x="{at}" y="{_CHART_HEIGHT + 20}" text-anchor="middle">'
+                f"{text}</text>\n"
+            )
+    for value, text in y_ticks:
+        y = down(value)
+        drawn.append(
+            f'<line class="grid" x1="0%" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="tick" x="-8" y="{y + 4:.1f}" text-anchor="end">{text}</text>\n'
+        )
+    traces = "".join(_trace(line, index, across, down) for index, line in enumerate(block.series))
+    keys = [
+        (_swatch(f'class="p{index}"'), _text(line.label))
+        for index, line in enumerate(block.series)
+        if line.label
+    ]
+    legend = "".join(f'<span class="key">{swatch}{label}</span>\n' for swatch, label in keys)
+    side = max(len(text) for _, text in y_ticks) * _CURVE_LETTER + 10
+    return (
+        f'{_caption(block.caption)}<div class="curve"><span class="axis">{_text(block.y_label)}'
+        f'</span>\n<svg class="plot" height="{_CHART_HEIGHT}" '
+        f'style="margin-left:{side:.0f}px;width:calc(100% - {side + 16:.0f}px)">\n'
+        f"{''.join(drawn)}"
+        f'<svg width="100%" height="{_CHART_HEIGHT}" viewBox="0 0 {_CHART_UNITS} {_CHART_HEIGHT}" '
+        f'preserveAspectRatio="none">{traces}</svg></svg>\n'
+        f'<span class="axis x">{_text(block.x_label)}</span>'
+        + (f'<div class="legend">{legend}</div>' if legend else "")
+        + "</div>\n"
+    )
+
+
+def _trace(
+    line: Series, index: int, across: Callable[[float], float], down: Callable[[float], float]
+) -> str:
+    if not line.points:
+        return ""
+    places = [f"{across(x) * _CHART_UNITS:.1f} {down(y):.1f}" for x, y in line.points]
+    # A path of one point has no length, and is drawn as a dot if it has a little.
+    path = "L".join(places) if len(places) > 1 else f"{places[0]}h.01"
+    title = f"<title>{_text(line.label)}</title>" if line.label else ""
+    return f'<path class="trace t{index}" d="M{path}">{title}</path>'
+
+
+def _ranges(block: Ranges) -> str:
+    values = [value for item in block.items for value in (item.low, item.high)]
+    if block.mark is not None:
+        values.append(block.mark)
+    low, high = min(values), max(values)
+    room = (high - low) * 0.04 or max(abs(high), 1.0) * 0.05
+    start, end = low - room, high + room
+
+    def at(value: float) -> str:
+        return f"{(value - start) / (end - start):.2%}"
+
+    mark = ""
+    if block.mark is not None:
+        place = at(block.mark)
+        mark = f'<line class="mark" x1="{place}" x2="{place}" y1="0" y2="22"/>'
+    rows = "".join(
+        f'<div class="row"><span class="name"><span>{_name(item.label)}</span></span>'
+        f'<svg class="range" width="100%" height="22" aria-hidden="true">'
+        f'<line class="grid" x1="0" x2="100%" y1="11" y2="11"/>{mark}'
+        f'<line class="reach" x1="{at(item.low)}" x2="{at(item.high)}" y1="11" y2="11"/>'
+        f'<circle class="point" cx="{at(item.value)}" cy="11" r="6"/></svg>'
+        f'<span class="number">{_text(item.text)}</span></div>\n'
+        for item in block.items
+    )
+    ends = [(0, 0.0, _number(float(f"{start:.3g}"))), (0, 1.0, _number(float(f"{end:.3g}")))]
+    scale = f'<div class="row ends"><span></span>{_labels(ends)}<span></span></div>\n'
+    return f'{_caption(block.caption)}<div class="ranges">\n{rows}{scale}</div>\n'
+
+
+def _ticks(values: list[float], steps: int = 4) -> list[tuple[float, str]]:
+    """Round values with their texts; ``values`` lie between the first and the last.
+
+    ``steps``: at most so many from tick to tick, and no fewer than half of that.
     Steps of 1, 2, 2.5 and 5 times a power of ten; each is at most double the one before, which is
     why a step of too many ticks is followed by one of enough.
     """
@@ -878,13 +1062,13 @@ def _ticks(values: list[float]) -> list[tuple[float, str]]:
     if not high - low > 1e-9 * size:
         margin = size / 10 or 1.0
         low, high = low - margin, high + margin
-    power = math.floor(math.log10((high - low) / 4)) - 1
+    power = math.floor(math.log10((high - low) / steps)) - 1
     while True:
         for factor, decimals in ((1.0, 0), (2.0, 0), (2.5, 1), (5.0, 0)):
             step = factor * 10.0**power
             # A value that is a tick but for rounding is one.
             first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
-            if last - first <= 4:
+            if last - first <= steps:
                 shown = max(decimals - power, 0)
                 plain = shown <= 9 and size < 1e9
                 return [
@@ -1067,9 +1251,11 @@ section { margin: 0 0 40px; }
 section > :last-child { margin-bottom: 0; }
 .tiles { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); }
 .tile {
-  display: flex; flex-direction: column; padding: 18px 20px 16px; background: var(--card);
+  display: flex; flex-direction: column; min-width: 0; padding: 18px 20px 16px;
+  overflow-wrap: anywhere; background: var(--card);
   border: 1px solid var(--line); border-radius: 12px;
 }
+.tiles + p { margin-top: 20px; }
 .value {
   font-size: 36px; line-height: 1.1; font-weight: 680; letter-spacing: -0.02em;
   color: var(--accent); font-variant-numeric: tabular-nums;
@@ -1130,6 +1316,18 @@ svg { display: block; }
 .plot .name.marked { fill: var(--ink); font-weight: 600; }
 .line { stroke: var(--p0); stroke-width: 2; }
 .lead { stroke: var(--faint); }
+.trace {
+  fill: none; stroke-width: 1.75; stroke-linejoin: round; stroke-linecap: round;
+  vector-effect: non-scaling-stroke;
+}
+.t0 { stroke: var(--p0); } .t1 { stroke: var(--p1); } .t2 { stroke: var(--p2); }
+.t3 { stroke: var(--p3); } .t4 { stroke: var(--p4); } .t5 { stroke: var(--p5); }
+.t6 { stroke: var(--p6); } .t7 { stroke: var(--p7); }
+.curve .legend { margin: 6px 0 0; }
+.ranges { display: grid; gap: 9px; margin-bottom: 14px; }
+.ranges .row { grid-template-columns: minmax(120px, 260px) 1fr minmax(150px, auto); }
+.ranges .number { text-align: left; white-space: normal; }
+.reach { stroke: var(--p0); stroke-width: 5; stroke-linecap: round; opacity: 0.45; }
 .point { fill: var(--p0); stroke: var(--page); stroke-width: 1.5; }
 .point.marked { fill: var(--p1); stroke: var(--page); stroke-width: 2; }
 .axis { display: block; font-size: 13px; font-weight: 600; color: var(--soft); }
@@ -1165,10 +1363,12 @@ footer {
 @media (max-width: 640px) {
   main { padding: 28px 16px 28px; }
   h1 { font-size: 27px; }
-  .tiles { grid-template-columns: repeat(2, 1fr); gap: 10px; }
+  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; }
   .tile { padding: 14px 14px 12px; }
   .value { font-size: 28px; }
   .row { grid-template-columns: 104px 1fr 62px; gap: 10px; }
+  .ranges .row { grid-template-columns: 1fr auto; gap: 4px 10px; }
+  .ranges .range, .ranges .labels { grid-row: 2; grid-column: 1 / -1; }
   .c2, .c3, .c4 { grid-template-columns: 1fr; gap: 12px; }
   .long table { width: max-content; min-width: 100%; }
   .long td { max-width: 36ch; }

@@ -109,7 +109,7 @@ def adapt_bundle(
     resolved = target.resolve()
     if resolved == bundle.model_path.parent.resolve():
         raise RequestError(f"{target} is the bundle to adapt; give the new one another name")
-    checkpoint = resolved.parent / f".{resolved.name}.adapt.pt"
+    checkpoint = resolved.with_name(resolved.name + ".adapt.pt")
     recipe = request.recipe(bundle)
     teacher = open_teacher(request.bundle, spec.architecture, recipe.crop)
     with stage(f"adapting {spec.name}") as update:
@@ -126,7 +126,7 @@ def adapt_bundle(
         )
     try:
         with stage(f"exporting {resolved.name}") as update:
-            return export_bundle(
+            exported = export_bundle(
                 ExportRequest(
                     model=spec.architecture,
                     weights=str(checkpoint),
@@ -146,5 +146,8 @@ def adapt_bundle(
                 },
                 progress=update,
             )
-    finally:
-        checkpoint.unlink(missing_ok=True)
+    except BaseException:
+        report(f"the adapted weights are kept in {checkpoint}")
+        raise
+    checkpoint.unlink()
+    return exported

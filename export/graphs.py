@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from edgeseg.bundle import SPEC_KEY
 from edgeseg.errors import BundleError, RequestError
+from edgeseg.export.external import take_weights_in
 from edgeseg.export.onnx import OPSET, quiet
 from edgeseg.export.own import OwnNetwork, check_output, first_line
 from edgeseg.export.own_instance import (
@@ -32,6 +33,8 @@ from edgeseg.export.own_instance import (
     probed,
 )
 from edgeseg.export.tail import remove_unused, take_off_tail
+from edgeseg.files import read_file
+from edgeseg.onnxfile import LARGEST
 from edgeseg.spec import Preprocessing
 
 __all__ = ["instances_of_file", "network_of_file"]
@@ -262,18 +265,16 @@ def instances_of_file(
 
 
 def _read(path: str) -> onnx.ModelProto:
-    if not Path(path).is_file():
-        raise BundleError(f"there is no file {path}")
     try:
-        model = onnx.load(path)
+        model = onnx.load_model_from_string(read_file(path, most=LARGEST))
     except FileNotFoundError as error:
-        raise BundleError(
-            f"{path} keeps its weights in a file beside it, which is missing "
-            f"({error.filename or error}); copy that too"
-        ) from error
+        raise BundleError(f"there is no file {path}") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror})") from error
     except Exception as error:
-        # protobuf's own exception, and onnx's for weights that lie outside.
+        # protobuf's own exception.
         raise BundleError(f"{path} cannot be read as ONNX ({first_line(error)})") from error
+    take_weights_in(model, Path(path))
     if not model.graph.node:
         raise BundleError(f"{path} is no ONNX model, or an empty one: it has no nodes")
     if any(entry.key == SPEC_KEY for entry in model.metadata_props):

@@ -18,7 +18,8 @@ from edgeseg.dataset import Dataset, open_dataset
 from edgeseg.draw import draw_classes
 from edgeseg.engine import cpu_engine, open_engine
 from edgeseg.errors import RequestError, WeightsError
-from edgeseg.evaluate import evaluate, evaluate_instances, match_classes
+from edgeseg.evaluate import check_classes, evaluate, evaluate_instances, match_classes
+from edgeseg.export.balance import Balance, balance_classes
 from edgeseg.export.foreign import (
     InstanceAdapter,
     adapter_named,
@@ -78,6 +79,8 @@ class ExportRequest:
     ``model``: a name that EdgeSeg knows, or one's own: ``package.module:factory``, an ONNX file, or
     ``hf:FOLDER``; ``own`` says what such a model cannot say of itself. ``views``:
     sizes at which the graph looks at each picture, see `edgeseg.export.views`; none for its own.
+    ``balance``: labelled pictures, split train, on which the classes' biases are set, see
+    `edgeseg.export.balance`.
     """
 
     model: str
@@ -91,6 +94,7 @@ class ExportRequest:
     data: str | None = None
     split: str = "val"
     views: tuple[float, ...] = ()
+    balance: tuple[str, ...] = ()
     own: OwnOptions = field(default_factory=OwnOptions)
 
 
@@ -131,6 +135,7 @@ def export_bundle(
     target = Path(target)
     network, architecture, weights_path = _network(request)
     spec = _spec(request, network, architecture, name=request.name or target.resolve().name)
+    balance = _balanced(network, request, spec, progress) if request.balance else None
     if request.views:
         network = _viewed(network, request.views, spec)
     if request.half_weights:
@@ -165,6 +170,7 @@ def export_bundle(
                     and {"file": weights_path.name, "sha256": checkpoint},
                     "weights_stored_as": "fp16" if request.half_weights else "fp32",
                     **({"views": list(request.views)} if request.views else {}),
+                    **({"balance": balance.to_dict()} if balance is not None else {}),
                     "tools": tool_versions(_TOOLS),
                     **(provenance or {}),
                 },
@@ -173,6 +179,26 @@ def export_bundle(
             },
         )
     return Exported(target, verification, accuracy)
+
+
+def _balanced(
+    network: SemanticNetwork | InstanceNetwork,
+    request: ExportRequest,
+    spec: ModelSpec,
+    progress: Callable[[int, int], None] | None,
+) -> Balance:
+    """Sets the biases of the classes of ``network``."""
+    if isinstance(network, InstanceNetwork) or is_own(request.model):
+        raise RequestError(
+            f"{request.model} cannot be balanced: that is for semantic models of an architecture "
+            "in `edgeseg models`; leave --balance out"
+        )
+    datasets = [open_dataset(uri, "train") for uri in request.balance]
+    for dataset in datasets:
+        check_classes(spec.classes, dataset.classes)
+    return balance_classes(
+        network, datasets, (spec.height, spec.width), fit=spec.fit, progress=progress
+    )
 
 
 def _network(

@@ -71,7 +71,9 @@ anything else, train the same recipe on data of your own.
 ## Recipe
 
 `streets.toml` and then `streets_finish.toml` of `edgeseg/export/recipes`, run by `edgeseg train`
-{training}. The starting point was BiSeNetV2 trained from scratch on CamVid's training split.
+{training}. The starting point was BiSeNetV2 trained from scratch on CamVid's training split. The
+biases of the classes were then set on CamVid's training pictures, for the highest mean IoU there
+(`edgeseg export --balance`): on them it rose from {balance[0]:.3f} to {balance[1]:.3f}.
 
 ```toml
 {recipe}
@@ -185,6 +187,7 @@ def ship(checkpoint: str, data: str, training: str, target: Path = _TARGET) -> P
                 name="streets",
                 half_weights=True,
                 data=data,
+                balance=(data,),
             ),
             target,
             provenance={"recipe": recipe, "training": training},
@@ -196,10 +199,12 @@ def ship(checkpoint: str, data: str, training: str, target: Path = _TARGET) -> P
     with progress("measuring on synthetic streets") as update:
         synthetic = evaluate(engine, open_dataset(_SYNTHETIC, "val"), progress=update)
     camvid, torch = made.accuracy
+    (balance,) = bundle.manifest["provenance"]["balance"]["miou"].values()
     card = _CARD.format(
         height=bundle.spec.height,
         width=bundle.spec.width,
         training=training,
+        balance=balance,
         recipe=recipe,
         engine=engine.description,
         camvid_miou=_figure(camvid["miou"]),

@@ -206,23 +206,24 @@ def _head_function(confidence: bool, align_corners: bool) -> Any:
     )
 
 
+TINY_SPEC = ModelSpec(
+    name="tiny",
+    architecture="strongest-channel",
+    task="semantic",
+    height=32,
+    width=48,
+    classes=("blue", "green", "red"),
+    colours=((0, 0, 255), (0, 255, 0), (255, 0, 0)),
+    ignore=255,
+    preprocessing=Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bgr"),
+)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
     """The tiny network; skips where the ``onnx`` package, which writes it, is missing."""
     pytest.importorskip("onnx")
-    return Tiny(
-        ModelSpec(
-            name="tiny",
-            architecture="strongest-channel",
-            task="semantic",
-            height=32,
-            width=48,
-            classes=("blue", "green", "red"),
-            colours=((0, 0, 255), (0, 255, 0), (255, 0, 0)),
-            ignore=255,
-            preprocessing=Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bgr"),
-        )
-    )
+    return Tiny(TINY_SPEC)
 
 
 @pytest.fixture(scope="session")

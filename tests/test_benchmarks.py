@@ -55,6 +55,7 @@ def numbers(value: object) -> list[float]:
             ("end_to_end_fps", "engine_alone_fps", "eager_fps", "of_engine", "of_eager"),
         ),
         ("bench_start.py", (), ("seconds",)),
+        ("bench_serve.py", ("aiohttp", "openvino"), ("served_fps", "of_engine", "of_end_to_end")),
         ("bench_upsample_argmax.py", ("onnx", "onnxruntime"), ()),
         ("bench_mask_assembly.py", ("torch",), ()),
         (

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 
 from edgeseg.bundle import Bundle
-from edgeseg.engine.base import Engine
+from edgeseg.engine.base import Engine, OneAtATime
 from edgeseg.errors import EngineError, RequestError
 from edgeseg.golden import golden_image
 
@@ -19,6 +19,7 @@ __all__ = [
     "available_engines",
     "cpu_engine",
     "cpu_engines",
+    "library_version",
     "not_installed",
     "open_engine",
     "passed_over",
@@ -116,9 +117,10 @@ def open_engine(
 ) -> Engine:
     """The model of ``bundle`` on an engine, checked against its golden pair.
 
-    ``name``: one of ``ENGINES``, or None for the best that can run here. ``threads``: 0 leaves the
-    number to the library. ``compiled_head``: whether the upsampling runs in the compiled kernel;
-    None uses it if it is there. ``check=False`` leaves the golden pair out.
+    ``name``: one of ``ENGINES``, or None for the best that can run here. ``threads``: 0 takes what
+    `edgeseg profile --sweep` found for this bundle on this machine, and leaves the number to the
+    library where nothing was. ``compiled_head``: whether the upsampling runs in the compiled
+    kernel; None uses it if it is there. ``check=False`` leaves the golden pair out.
 
     RequestError for an unknown name; EngineError when the library is missing, cannot be loaded, or
     gives other masks.
@@ -131,7 +133,12 @@ def open_engine(
             f"the engine {entry.name} is installed and cannot be loaded ({error}); "
             f"install it again with {entry.install}, or try another --engine"
         ) from error
-    engine: Engine = module.open_engine(bundle, threads=threads, compiled_head=compiled_head)
+    tuned = None if threads or entry.needs_gpu else _tuned_threads(bundle, entry)
+    engine: Engine = module.open_engine(
+        bundle, threads=tuned or threads, compiled_head=compiled_head
+    )
+    if tuned is not None and isinstance(engine, OneAtATime):
+        engine.tuned_text = " (tuned)"
     if check:
         try:
             _check(engine, bundle)
@@ -165,6 +172,20 @@ def _entry(name: str | None) -> EngineEntry:
     raise RequestError(
         f"the engines are {', '.join(entry.name for entry in ENGINES)}, and {name!r} came"
     )
+
+
+def _tuned_threads(bundle: Bundle, entry: EngineEntry) -> int | None:
+    """The number of threads that was found to be best here, None if nobody looked."""
+    from edgeseg.engine.tuned import find_tuned
+
+    found = find_tuned(bundle, entry.name, library_version(entry.name))
+    return None if found is None else found.threads
+
+
+def library_version(name: str) -> str:
+    """The version of an engine's library, which has to be installed."""
+    (library,) = (entry.library for entry in ENGINES if entry.name == name)
+    return str(importlib.import_module(library).__version__)
 
 
 def _check(engine: Engine, bundle: Bundle) -> None:

@@ -106,6 +106,8 @@ class OneAtATime(ABC):
     """
 
     frames_in_flight = 1
+    #: what ``description`` says after the number of threads where `open_engine` chose it
+    tuned_text = ""
 
     @abstractmethod
     def run(self, pixels: Pixels) -> AnyOutputs:

@@ -3,9 +3,10 @@
 Read from the file's bytes, since the device has no ``onnx`` package. It follows element types to
 say in which precision the graph wants each convolution, and shapes to say how much memory the
 activations take. Both are followed as far as the operators of EdgeSeg's exports go; what lies
-behind an unknown operator is left out, never guessed.
+behind an unknown operator is left out, never guessed. So is what no network has: a tensor of a
+hundred dimensions, or one larger than an address.
 
-Field numbers: onnx/onnx.proto (ONNX IR 10). Wire format: the Protocol Buffers encoding guide.
+Field numbers: onnx/onnx.proto (ONNX IR 10).
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from typing import Literal, NamedTuple
 
 from edgeseg.errors import BundleError
 from edgeseg.onnxfile import DOMAIN
+from edgeseg.protobuf import BYTES, VARINT, Buffer, fields, floats_of, integers_of, text_of
 
-__all__ = ["Constant", "Graph", "Node", "Precision"]
+__all__ = ["Constant", "Graph", "GraphReader", "Node", "Precision", "Shape"]
 
 #: how a layer computes, as EdgeSeg writes it
 Precision = Literal["int8", "fp8", "fp16", "bf16", "fp32"]
-
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 _FLOAT, _UINT8, _INT32, _INT64, _BOOL, _HALF = 1, 2, 6, 7, 9, 10  # TensorProto.DataType
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64,
@@ -39,13 +39,14 @@ _MOVES = ("Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze")
 # More in a row are a damaged file that goes round in circles.
 _MOST_MOVES = 8
 
-# Values of longer tensors are weights; sizes, scales and axes are shorter.
+# Values of longer tensors are weights; sizes, scales and axes are shorter. And a vector of sizes
+# that is put behind itself forty times would fill any memory.
 _FEW = 64
+# As many axes as numpy has, and as many elements as an address.
+_MOST_AXES = 64
+_MOST_ELEMENTS = 1 << 63
 
 Shape = tuple[int, ...]
-_Message = memoryview
-#: number, wire type, integer, bytes
-_Field = tuple[int, int, int, _Message]
 
 
 class Constant(NamedTuple):
@@ -100,7 +101,7 @@ class Graph:
     def read(cls, content: bytes, name: str = "the model") -> Graph:
         """The graph of the ONNX model ``content``; BundleError when it is damaged."""
         try:
-            return _Reader(memoryview(content)).graph()
+            return GraphReader(content).graph()
         except (LookupError, ValueError, ArithmeticError, struct.error) as error:
             raise BundleError(
                 f"{name} is not a whole ONNX file: it is damaged, cut short, or something else; "
@@ -171,10 +172,13 @@ class Graph:
         return self.types.get(node.inputs[0])
 
 
-class _Reader:
-    """Decodes the file and follows types, shapes and small integer vectors through the nodes."""
+class GraphReader:
+    """Decodes the file and follows types, shapes and small integer vectors through the nodes.
 
-    def __init__(self, content: _Message) -> None:
+    What it raises for a damaged file: LookupError, ValueError, ArithmeticError, struct.error.
+    """
+
+    def __init__(self, content: Buffer) -> None:
         self._content = content
         self._types: dict[str, int] = {}
         self._shapes: dict[str, Shape] = {}
@@ -185,16 +189,16 @@ class _Reader:
     def graph(self) -> Graph:
         graphs = [
             value
-            for number, wire, _, value in _fields(self._content)
-            if (number, wire) == (7, _BYTES)
+            for number, wire, _, value in fields(self._content)
+            if (number, wire) == (7, BYTES)
         ]
         if len(graphs) != 1:
             raise ValueError("no graph")
         nodes: list[Node] = []
-        inputs: list[_Message] = []
+        inputs: list[Buffer] = []
         outputs: list[str] = []
         weight_bytes = 0
-        for number, _, _, value in _fields(graphs[0]):
+        for number, _, _, value in fields(graphs[0]):
             if number == 1:
                 nodes.append(_node(value))
             elif number == 5:
@@ -202,7 +206,7 @@ class _Reader:
             elif number == 11:
                 inputs.append(value)
             elif number == 12:
-                outputs.append(_text(value, 1))
+                outputs.append(text_of(value, 1))
         # Files of old IR versions list initializers among the inputs as well.
         own = dict(
             described for described in map(_value_info, inputs) if described[0] not in self._types
@@ -210,7 +214,7 @@ class _Reader:
         for name, (element_type, shape) in own.items():
             self._types[name] = element_type
             if shape is not None:
-                self._shapes[name] = shape
+                self._set_shape(name, shape)
         for node in nodes:
             self._follow(node)
         return Graph(
@@ -222,15 +226,16 @@ class _Reader:
             weight_bytes=weight_bytes,
         )
 
-    def _initializer(self, tensor: _Message) -> int:
-        name = _text(tensor, 8)
+    def _initializer(self, tensor: Buffer) -> int:
+        name = text_of(tensor, 8)
         constant = _tensor(tensor)
         self._types[name] = constant.element_type
         self._keep(name, constant)
-        return math.prod(constant.shape) * _BITS.get(constant.element_type, 32) // 8
+        shape = self._shapes.get(name, ())
+        return math.prod(shape) * _BITS.get(constant.element_type, 32) // 8
 
     def _keep(self, name: str, constant: Constant) -> None:
-        self._shapes[name] = constant.shape
+        self._set_shape(name, constant.shape)
         if constant.integers is not None:
             self._values[name] = constant.integers
         if constant.floats is not None:
@@ -251,13 +256,22 @@ class _Reader:
             return
         shape = self._shape_of(node)
         if shape is not None:
-            self._shapes[node.outputs[0]] = shape
+            self._set_shape(node.outputs[0], shape)
             if node.domain == DOMAIN or node.op_type == "MaxPool":
                 for output in node.outputs[1:]:
-                    self._shapes[output] = shape
+                    self._set_shape(output, shape)
         values = self._values_of(node)
         if values is not None:
             self._values[node.outputs[0]] = values
+
+    def _set_shape(self, name: str, shape: Shape) -> None:
+        """``name`` has ``shape``, unless no tensor can have it; then its shape stays unknown."""
+        if len(shape) <= _MOST_AXES and all(-1 <= side < _MOST_ELEMENTS for side in shape):
+            sides = [max(side, 1) for side in shape]
+            if math.prod(sides) < _MOST_ELEMENTS:
+                self._shapes[name] = shape
+                return
+        self._shapes.pop(name, None)
 
     def _type_of(self, node: Node) -> int | None:
         if node.domain == DOMAIN:
@@ -310,7 +324,7 @@ class _Reader:
             return self._values.get(node.inputs[0])
         if op == "Concat":
             parts = [self._values.get(name) for name in node.inputs]
-            if all(part is not None for part in parts):
+            if all(part is not None for part in parts) and sum(len(p or ()) for p in parts) <= _FEW:
                 return tuple(value for part in parts for value in part or ())
         return None
 
@@ -404,28 +418,29 @@ class _Reader:
         return tuple(side for axis, side in enumerate(shape) if axis not in gone)
 
 
-_SHAPES: dict[str, Callable[[_Reader, Node, Shape], Shape | None]] = {
+_SHAPES: dict[str, Callable[[GraphReader, Node, Shape], Shape | None]] = {
     **dict.fromkeys(
         ("Cast", "Relu", "Sigmoid", "Softmax", "Identity", "BatchNormalization", "Clip", "Tanh",
          "QuantizeLinear", "DequantizeLinear", "Round", "LeakyRelu", "PRelu", "HardSigmoid",
          "HardSwish", "Erf", "Exp", "Neg", "Sqrt", "Floor", "Ceil", "InstanceNormalization"),
-        _Reader._same,
+        GraphReader._same,
     ),
     **dict.fromkeys(
         ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", *_COMPARISONS),
-        _Reader._broadcast,
+        GraphReader._broadcast,
     ),
-    **dict.fromkeys(("MaxPool", "AveragePool"), _Reader._pool),
-    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), _Reader._global_pool),
+    **dict.fromkeys(("MaxPool", "AveragePool"), GraphReader._pool),
+    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), GraphReader._global_pool),
     **dict.fromkeys(
-        ("ArgMax", "ArgMin", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"), _Reader._reduce
+        ("ArgMax", "ArgMin", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"),
+        GraphReader._reduce,
     ),
-    **dict.fromkeys(("Conv", "DeformConv"), _Reader._conv),
-    "ConvTranspose": _Reader._conv_transpose,
-    "Transpose": _Reader._transpose,
-    "Concat": _Reader._concat,
-    "Resize": _Reader._resize,
-    "Reshape": _Reader._reshape,
+    **dict.fromkeys(("Conv", "DeformConv"), GraphReader._conv),
+    "ConvTranspose": GraphReader._conv_transpose,
+    "Transpose": GraphReader._transpose,
+    "Concat": GraphReader._concat,
+    "Resize": GraphReader._resize,
+    "Reshape": GraphReader._reshape,
 }  # fmt: skip
 
 
@@ -447,13 +462,13 @@ def _windows(node: Node, sides: Shape, kernel: Shape) -> Iterator[int]:
 # --- protobuf messages
 
 
-def _node(message: _Message) -> Node:
+def _node(message: Buffer) -> Node:
     inputs, outputs = [], []
     name = op_type = domain = ""
     integers: dict[str, Sequence[int]] = {}
     texts: dict[str, str] = {}
     constant = None
-    for number, _, _, value in _fields(message):
+    for number, _, _, value in fields(message):
         if number == 1:
             inputs.append(str(value, "utf-8", "replace"))
         elif number == 2:
@@ -465,134 +480,72 @@ def _node(message: _Message) -> Node:
         elif number == 7:
             domain = str(value, "utf-8", "replace")
         elif number == 5:
-            key = _text(value, 1)
-            numbers = _integers_of(value, 3, 8)
+            key = text_of(value, 1)
+            numbers = integers_of(value, 3, 8)
             if numbers:
                 integers[key] = numbers
             if key.startswith("value"):
                 constant = _constant(value, numbers)
-            for inner, wire, _, text in _fields(value):
-                if (inner, wire) == (4, _BYTES):
+            for inner, wire, _, text in fields(value):
+                if (inner, wire) == (4, BYTES):
                     texts[key] = str(text, "utf-8", "replace")
     if domain == "ai.onnx":
         domain = ""
     return Node(name, op_type, domain, tuple(inputs), tuple(outputs), integers, texts, constant)
 
 
-def _constant(attribute: _Message, numbers: tuple[int, ...]) -> Constant:
-    for number, wire, _, value in _fields(attribute):
-        if (number, wire) == (5, _BYTES):
+def _constant(attribute: Buffer, numbers: tuple[int, ...]) -> Constant:
+    for number, wire, _, value in fields(attribute):
+        if (number, wire) == (5, BYTES):
             return _tensor(value)
-    scalar = not _text(attribute, 1).endswith("s")
+    scalar = not text_of(attribute, 1).endswith("s")
     if numbers:
         return Constant(_INT64, () if scalar else (len(numbers),), integers=numbers)
-    floats = _floats_of(attribute, 2, 7)
+    floats = floats_of(attribute, 2, 7)
     return Constant(_FLOAT, () if scalar else (len(floats),), floats=floats)
 
 
-def _tensor(message: _Message) -> Constant:
+def _tensor(message: Buffer) -> Constant:
     element_type = 0
-    shape = _integers_of(message, 1)
-    raw: _Message | None = None
-    for number, wire, integer, value in _fields(message):
-        if (number, wire) == (2, _VARINT):
+    shape = integers_of(message, 1)
+    raw: Buffer | None = None
+    for number, wire, integer, value in fields(message):
+        if (number, wire) == (2, VARINT):
             element_type = integer
-        elif (number, wire) == (9, _BYTES):
+        elif (number, wire) == (9, BYTES):
             raw = value
+    if len(shape) > _MOST_AXES:
+        raise ValueError(f"a tensor of {len(shape)} axes")
     count = math.prod(shape)
     if count > _FEW or element_type not in (_FLOAT, _INT32, _INT64):
         return Constant(element_type, shape)
     if element_type == _FLOAT:
-        floats = struct.unpack(f"<{count}f", raw) if raw else _floats_of(message, 4)
+        floats = struct.unpack(f"<{count}f", raw) if raw else floats_of(message, 4)
         return Constant(element_type, shape, floats=floats)
     letter = "q" if element_type == _INT64 else "i"
-    integers = struct.unpack(f"<{count}{letter}", raw) if raw else _integers_of(message, 5, 7)
+    integers = struct.unpack(f"<{count}{letter}", raw) if raw else integers_of(message, 5, 7)
     return Constant(element_type, shape, integers=integers)
 
 
-def _value_info(message: _Message) -> tuple[str, tuple[int, Shape | None]]:
+def _value_info(message: Buffer) -> tuple[str, tuple[int, Shape | None]]:
     """Name, element type, and shape with -1 for a size that is left open."""
     element_type, shape = 0, None
-    for number, _, _, kind in _fields(message):
+    for number, _, _, kind in fields(message):
         if number != 2:
             continue
-        for inner, _, _, tensor in _fields(kind):
+        for inner, _, _, tensor in fields(kind):
             if inner != 1:
                 continue
-            for part, wire, integer, value in _fields(tensor):
-                if (part, wire) == (1, _VARINT):
+            for part, wire, integer, value in fields(tensor):
+                if (part, wire) == (1, VARINT):
                     element_type = integer
                 elif part == 2:
-                    shape = tuple(map(_side, (each for _, _, _, each in _fields(value))))
-    return _text(message, 1), (element_type, shape)
+                    shape = tuple(map(_side, (each for _, _, _, each in fields(value))))
+    return text_of(message, 1), (element_type, shape)
 
 
-def _side(dimension: _Message) -> int:
+def _side(dimension: Buffer) -> int:
     return next(
-        (integer for number, _, integer, _ in _fields(dimension) if number == 1),
+        (integer for number, _, integer, _ in fields(dimension) if number == 1),
         -1,
     )
-
-
-def _integers_of(message: _Message, *numbers: int) -> tuple[int, ...]:
-    """All integers of the fields ``numbers``, packed or not, signed."""
-    found = []
-    for number, wire, integer, value in _fields(message):
-        if number not in numbers:
-            continue
-        if wire == _VARINT:
-            found.append(integer)
-        elif wire == _BYTES:
-            position = 0
-            while position < len(value):
-                integer, position = _varint(value, position)
-                found.append(integer)
-    return tuple(value - (1 << 64) if value >> 63 else value for value in found)
-
-
-def _floats_of(message: _Message, *numbers: int) -> tuple[float, ...]:
-    """All floats of the fields ``numbers``, packed or not."""
-    found: list[float] = []
-    for number, wire, _, value in _fields(message):
-        if number in numbers and wire in (_BYTES, _FIXED32):
-            found.extend(struct.unpack(f"<{len(value) // 4}f", value))
-    return tuple(found)
-
-
-def _text(message: _Message, number: int) -> str:
-    for found, wire, _, value in _fields(message):
-        if (found, wire) == (number, _BYTES):
-            return str(value, "utf-8", "replace")
-    return ""
-
-
-def _fields(message: _Message) -> Iterator[_Field]:
-    position = 0
-    while position < len(message):
-        key, position = _varint(message, position)
-        number, wire = key >> 3, key & 7
-        if wire == _VARINT:
-            integer, position = _varint(message, position)
-            yield number, wire, integer, message[:0]
-            continue
-        if wire == _BYTES:
-            size, position = _varint(message, position)
-        elif wire in (_FIXED64, _FIXED32):
-            size = 8 if wire == _FIXED64 else 4
-        else:
-            raise ValueError("wire type")
-        if number == 0 or position + size > len(message):
-            raise ValueError("field")
-        yield number, wire, 0, message[position : position + size]
-        position += size
-
-
-def _varint(message: _Message, position: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise ValueError("varint")

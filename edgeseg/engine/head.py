@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg import kernels
-from edgeseg.errors import EngineError, FrameError
+from edgeseg.errors import BundleError, EngineError, FrameError
 from edgeseg.frame import Pixels
 from edgeseg.instances import InstanceOutputs
 from edgeseg.onnxfile import Head, MaskHead, OnnxFile
@@ -49,15 +49,28 @@ def opened_graph(
     """The graph that a library on the CPU has to run, and the head that was cut off it.
 
     The head stays in the graph, as its function's body, where ``compiled_head`` is False, and where
-    an instance model makes its masks in the network itself.
+    an instance model makes its masks in the network itself. BundleError for a head of another size
+    than the spec's: what it gives is as large as it says.
     """
     if compiled_head and spec.task == "semantic":
-        return model.without_head()
+        content, head = model.without_head()
+        _check_size(model, spec, head.height, head.width)
+        return content, head
     if compiled_head and model.has_mask_head():
-        return model.without_mask_head()
+        content, mask_head = model.without_mask_head()
+        _check_size(model, spec, mask_head.network_height, mask_head.network_width)
+        return content, mask_head
     # ONNX Runtime would run the function body as it is; both libraries get the same inlined form
     # so that one test covers both.
     return model.inlined(), None
+
+
+def _check_size(model: OnnxFile, spec: ModelSpec, height: int, width: int) -> None:
+    if (height, width) != (spec.height, spec.width):
+        raise BundleError(
+            f"{model.name} promises masks of {spec.height}x{spec.width} and its head makes "
+            f"{height}x{width}; export it again"
+        )
 
 
 def taken_outputs(

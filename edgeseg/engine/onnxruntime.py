@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,7 @@ from edgeseg.engine.head import (
     taken_outputs,
     wants_compiled_head,
 )
+from edgeseg.engine.layers import LayerTime, LayerTimes, checked_images
 from edgeseg.errors import EngineError
 from edgeseg.frame import Pixels
 from edgeseg.golden import (
@@ -47,21 +52,10 @@ class OnnxRuntimeEngine(OneAtATime):
 
     def __init__(self, bundle: Bundle, *, threads: int, compiled_head: bool) -> None:
         self._spec = bundle.spec
+        self._bundle = bundle
         content, self._head = opened_graph(bundle.model, bundle.spec, compiled_head=compiled_head)
         self._threads = threads or kernels.available_cores()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        options.intra_op_num_threads = self._threads
-        try:
-            self._session: Any = onnxruntime.InferenceSession(
-                content, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            # The runtime's exceptions share no base class but Exception.
-            raise EngineError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot open {bundle.model_path}: "
-                f"{str(error).strip().splitlines()[0]}; try --engine openvino"
-            ) from error
+        self._session: Any = self._opened(content, onnxruntime.SessionOptions())
         self._input = self._session.get_inputs()[0].name
         self._names = [output.name for output in self._session.get_outputs()]
 
@@ -74,7 +68,8 @@ class OnnxRuntimeEngine(OneAtATime):
     def description(self) -> str:
         """One line: library, version, device, threads, head."""
         head = "compiled" if self._head is not None else "in the graph"
-        return f"ONNX Runtime {onnxruntime.__version__}, CPU, {self._threads} threads, head {head}"
+        threads = f"{self._threads} threads{self.tuned_text}"
+        return f"ONNX Runtime {onnxruntime.__version__}, CPU, {threads}, head {head}"
 
     def run(self, pixels: Pixels) -> AnyOutputs:
         """See ``Engine.run``."""
@@ -90,9 +85,79 @@ class OnnxRuntimeEngine(OneAtATime):
             network_ns=after - start,
         )
 
+    def layer_times(self, images: Sequence[Pixels]) -> list[LayerTime]:
+        """See `TimesLayers`: the runtime's own profile, of the graph without its head.
+
+        The session is opened once more for that, so that timing slows no other run, and writes a
+        file of its own in a temporary folder. EngineError when it cannot.
+        """
+        checked_images(images)
+        checked = [checked_input(image, self._spec) for image in images]
+        content, _ = opened_graph(
+            self._bundle.model, self._spec, compiled_head=self._head is not None
+        )
+        with tempfile.TemporaryDirectory(prefix="edgeseg-layers-") as folder:
+            options = onnxruntime.SessionOptions()
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "run")
+            session = self._opened(content, options)
+            for image in (checked[0], *checked):
+                session.run(self._names, {self._input: image})
+            try:
+                text = Path(session.end_profiling()).read_text(encoding="utf-8", errors="replace")
+                events = json.loads(text)
+            except (OSError, ValueError) as error:
+                raise EngineError(
+                    f"ONNX Runtime {onnxruntime.__version__} wrote no profile that can be read "
+                    f"({error}); leave out --layers"
+                ) from error
+        return _layers(events)
+
     def close(self) -> None:
         """Lets the session go."""
         self._session = None
+
+    def _opened(self, content: bytes, options: Any) -> Any:
+        """A session of ``content``; EngineError when the runtime cannot."""
+        options.log_severity_level = _ERRORS_ONLY
+        options.intra_op_num_threads = self._threads
+        try:
+            return onnxruntime.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            # The runtime's exceptions share no base class but Exception.
+            raise EngineError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot open {self._bundle.model_path}: "
+                f"{str(error).strip().splitlines()[0]}; try --engine openvino"
+            ) from error
+
+
+_KERNEL = "_kernel_time"
+_PRECISIONS = {"float": "f32", "float16": "f16", "int8": "i8", "uint8": "u8"}
+
+
+def _layers(events: Sequence[Any]) -> list[LayerTime]:
+    """The nodes in the runtime's list of events, the first run left out.
+
+    Each event is a dictionary of Chrome's trace format; a node's has the microseconds ``dur``, the
+    ``op_name`` and the types of its inputs in ``args``.
+    """
+    times = LayerTimes()
+    warm: set[str] = set()
+    for event in events:
+        if event.get("cat") != "Node" or not event["name"].endswith(_KERNEL):
+            continue
+        # The runtime's own layout of channels is put at the end of some names.
+        name = event["name"].removesuffix(_KERNEL).removesuffix("_nchwc")
+        if name not in warm:
+            warm.add(name)
+            continue
+        inputs = event["args"].get("input_type_shape", [])
+        told = next(iter(inputs[0]), "") if inputs else ""
+        kind = f"{event['args'].get('op_name', '')} {_PRECISIONS.get(told, told)}".strip()
+        times.add(name, kind, event["dur"] / 1e3)
+    return times.medians()
 
 
 def open_engine(bundle: Bundle, *, threads: int, compiled_head: bool | None) -> OnnxRuntimeEngine:

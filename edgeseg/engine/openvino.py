@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from edgeseg.engine.head import (
     taken_outputs,
     wants_compiled_head,
 )
+from edgeseg.engine.layers import LayerTime, LayerTimes, checked_images
 from edgeseg.errors import EngineError
 from edgeseg.frame import Pixels
 from edgeseg.result import AnyOutputs
@@ -38,22 +41,9 @@ class OpenVinoEngine(OneAtATime):
 
     def __init__(self, bundle: Bundle, *, threads: int, compiled_head: bool) -> None:
         self._spec = bundle.spec
+        self._bundle = bundle
         content, self._head = opened_graph(bundle.model, bundle.spec, compiled_head=compiled_head)
-        options: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
-        }
-        if threads:
-            options["INFERENCE_NUM_THREADS"] = threads
-        try:
-            core = shared_core()
-            model = core.read_model(content)
-            compiled = core.compile_model(model, "CPU", options)
-        except RuntimeError as error:
-            raise EngineError(
-                f"OpenVINO {openvino.__version__} cannot open {bundle.model_path}: "
-                f"{_first_line(error)}; try --engine onnxruntime"
-            ) from error
+        compiled = self._compiled(content, {"INFERENCE_NUM_THREADS": threads} if threads else {})
         self._request: Any = compiled.create_infer_request()
         self._threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
         # A tensor may have several names, the graph's among them.
@@ -73,7 +63,8 @@ class OpenVinoEngine(OneAtATime):
         """One line: library, version, device, threads, head."""
         version = openvino.__version__.split("-")[0]
         head = "compiled" if self._head is not None else "in the graph"
-        return f"OpenVINO {version}, CPU, {self._threads} threads, head {head}"
+        threads = f"{self._threads} threads{self.tuned_text}"
+        return f"OpenVINO {version}, CPU, {threads}, head {head}"
 
     def run(self, pixels: Pixels) -> AnyOutputs:
         """See ``Engine.run``."""
@@ -95,10 +86,55 @@ class OpenVinoEngine(OneAtATime):
             network_ns=after - start,
         )
 
+    def layer_times(self, images: Sequence[Pixels]) -> list[LayerTime]:
+        """See `TimesLayers`: OpenVINO's performance counters, of the graph without its head.
+
+        The graph is compiled once more for that, so that the counters slow no other run.
+        EngineError when OpenVINO cannot.
+        """
+        checked_images(images)
+        checked = [checked_input(image, self._spec) for image in images]
+        content, _ = opened_graph(
+            self._bundle.model, self._spec, compiled_head=self._head is not None
+        )
+        compiled = self._compiled(
+            content, {"INFERENCE_NUM_THREADS": self._threads, "PERF_COUNT": True}
+        )
+        names = _fused_names(compiled)
+        request = compiled.create_infer_request()
+        times = LayerTimes()
+        for number, image in enumerate((checked[0], *checked)):
+            request.set_input_tensor(openvino.Tensor(image.copy()))
+            request.infer()
+            if number == 0:
+                continue
+            for info in request.get_profiling_info():
+                if info.status == openvino.ProfilingInfo.Status.EXECUTED:
+                    precision = info.exec_type.rpartition("_")[2].lower()
+                    times.add(
+                        names.get(info.node_name, info.node_name),
+                        f"{info.node_type} {precision}",
+                        info.real_time.total_seconds() * 1e3,
+                    )
+        return times.medians()
+
     def close(self) -> None:
         """Lets the compiled model go."""
         self._outputs = {}
         self._request = None
+
+    def _compiled(self, content: bytes, options: Mapping[str, Any]) -> Any:
+        """``content`` compiled for the CPU; EngineError when OpenVINO cannot."""
+        try:
+            core = shared_core()
+            model = core.read_model(content)
+            fixed = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+            return core.compile_model(model, "CPU", {**fixed, **options})
+        except RuntimeError as error:
+            raise EngineError(
+                f"OpenVINO {openvino.__version__} cannot open {self._bundle.model_path}: "
+                f"{_first_line(error)}; try --engine onnxruntime"
+            ) from error
 
 
 _core_lock = threading.Lock()
@@ -147,6 +183,23 @@ def _deformable_convolution(node: Any) -> list[Any]:
         return list(convolved.outputs())
     column = opset8.constant(np.array([1, -1, 1, 1], np.int64))
     return list(opset8.add(convolved, opset8.reshape(bias, column, False)).outputs())
+
+
+# What OpenVINO calls the operators that it puts in, such as Multiply_9344.
+_MADE_UP = re.compile(r"[A-Z][A-Za-z]*_\d+")
+
+
+def _fused_names(compiled: Any) -> dict[str, str]:
+    """OpenVINO's name of each layer -> the graph's names of the operators that it does."""
+    found = {}
+    for layer in compiled.get_runtime_model().get_ordered_ops():
+        told = layer.get_rt_info()["originalLayersNames"]
+        text = str(told.value if hasattr(told, "value") else told.astype(str))
+        names = [name.removesuffix("/WithoutBiases") for name in text.split(",") if name]
+        kept = [name for name in dict.fromkeys(names) if not _MADE_UP.fullmatch(name)]
+        if kept:
+            found[layer.get_friendly_name()] = " + ".join(kept)
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,8 @@ plan is used only when all of that fits; else the sentences say what differs.
     street/engines/libedgeseg_plugins.so                the library, for trtexec and others
 
 A bundle that ships with EdgeSeg, that cannot be written, or that is a lone file keeps its plans in
-the user's cache: ``~/.cache/edgeseg/engines/<sha256 of the ONNX file>/``.
+the user's cache: ``~/.cache/edgeseg/engines/<sha256 of the ONNX file>/``. So does a bundle whose
+signature was checked: nobody signs what lies in its folder's ``engines``, so that is not looked at.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from edgeseg.bundle import Bundle
 from edgeseg.engine.attest import Attestation
 from edgeseg.engine.cuda import Device
 from edgeseg.errors import EngineError, RequestError
+from edgeseg.files import read_file
+from edgeseg.jsonfile import parse_json
 
 __all__ = [
     "BuildOptions",
@@ -42,6 +45,7 @@ __all__ = [
     "PluginLibrary",
     "find_plan",
     "plan_folder",
+    "plan_folders",
     "plan_stem",
     "save_plan",
     "write_whole",
@@ -53,6 +57,9 @@ LEVELS = range(6)
 
 # Of the sidecar's layout.
 _FORMAT = 1
+# A sidecar names layers and warnings; a plan holds the weights, once or twice.
+_LARGEST_SIDECAR = 1 << 24
+_LARGEST_PLAN = 1 << 33
 _FOLDER = "engines"
 _SHIPPED = Path(__file__).resolve().parents[1] / "bundles"
 
@@ -189,7 +196,7 @@ class Plan:
     def read(self) -> bytes:
         """What TensorRT wrote; EngineError when the file is gone or changed."""
         try:
-            content = self.path.read_bytes()
+            content = read_file(self.path, most=_LARGEST_PLAN)
         except OSError as error:
             raise EngineError(
                 f"the plan {self.path} cannot be read ({error.strerror}); "
@@ -340,7 +347,7 @@ def find_plan(
 def _sidecars(bundle: Bundle, onnx_sha256: str) -> list[Path]:
     """Descriptions of plans for ``bundle``, the newest first."""
     folders = [_cache_folder(onnx_sha256)]
-    if bundle.folder is not None:
+    if bundle.folder is not None and not bundle.signed:
         folders.append(bundle.folder / _FOLDER)
     found: list[tuple[int, Path]] = []
     for folder in folders:
@@ -352,7 +359,7 @@ def _sidecars(bundle: Bundle, onnx_sha256: str) -> list[Path]:
 def _opened(sidecar: Path) -> Plan | NoPlan:
     path = sidecar.with_suffix(".plan")
     try:
-        values = json.loads(sidecar.read_text(encoding="utf-8"))
+        values = parse_json(read_file(sidecar, most=_LARGEST_SIDECAR))
         return Plan.from_dict(path, values)
     except OSError as error:
         return NoPlan(path, (f"{sidecar.name} cannot be read ({error.strerror})",))
@@ -435,14 +442,10 @@ def _said(name: str, value: object) -> str:
 def plan_folder(bundle: Bundle) -> Path:
     """Where new plans of ``bundle`` go, made if need be; EngineError when nothing can be written.
 
-    Beside the model, unless that ships with EdgeSeg or is read-only.
+    Beside the model, unless that ships with EdgeSeg, is read-only, or was opened with a key.
     """
-    folders = []
-    if bundle.folder is not None and _SHIPPED not in bundle.folder.resolve().parents:
-        folders.append(bundle.folder / _FOLDER)
-    folders.append(_cache_folder(hashlib.sha256(bundle.model.content).hexdigest()))
     reason = ""
-    for folder in folders:
+    for folder in plan_folders(bundle):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
@@ -450,6 +453,16 @@ def plan_folder(bundle: Bundle) -> Path:
         except OSError as error:
             reason = f"{folder} cannot be written ({error.strerror})"
     raise EngineError(f"there is no place for the plan: {reason}; copy the bundle to one that has")
+
+
+def plan_folders(bundle: Bundle) -> list[Path]:
+    """Where plans of ``bundle`` may lie, the first choice first; they need not be there."""
+    folders = []
+    ships = bundle.folder is not None and _SHIPPED in bundle.folder.resolve().parents
+    if bundle.folder is not None and not ships and not bundle.signed:
+        folders.append(bundle.folder / _FOLDER)
+    folders.append(_cache_folder(hashlib.sha256(bundle.model.content).hexdigest()))
+    return folders
 
 
 def plan_stem(options: BuildOptions, *, tensorrt_version: str, device: Device) -> str:

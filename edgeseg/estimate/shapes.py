@@ -10,15 +10,12 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
-from typing import TypeAlias
 
-from edgeseg.engine.graph import Graph, Node, _Reader
+from edgeseg.engine.graph import Graph, GraphReader, Node, Shape
 from edgeseg.errors import BundleError
 from edgeseg.onnxfile import DOMAIN, MASK_HEAD
 
 __all__ = ["read_graph"]
-
-_Shape: TypeAlias = tuple[int, ...]
 
 _AS_BEFORE = (
     "Abs", "Dropout", "Elu", "Gelu", "Log", "LogSoftmax", "Mish", "Reciprocal", "Selu", "Sign",
@@ -30,7 +27,7 @@ _AS_BEFORE = (
 def read_graph(content: bytes, name: str = "the model") -> Graph:
     """The graph of the ONNX model ``content`` with these shapes; BundleError when it is damaged."""
     try:
-        return _Shapes(memoryview(content)).graph()
+        return _Shapes(content).graph()
     except (LookupError, ValueError, ArithmeticError, struct.error) as error:
         raise BundleError(
             f"{name} is not a whole ONNX file: it is damaged, cut short, or something else; "
@@ -38,7 +35,7 @@ def read_graph(content: bytes, name: str = "the model") -> Graph:
         ) from error
 
 
-class _Shapes(_Reader):
+class _Shapes(GraphReader):
     def _follow(self, node: Node) -> None:
         super()._follow(node)
         if node.domain or not node.inputs:
@@ -52,9 +49,9 @@ class _Shapes(_Reader):
             taken = self._taken(node, shape)
             if taken is not None:
                 for output in node.outputs:
-                    self._shapes[output] = taken
+                    self._set_shape(output, taken)
 
-    def _shape_of(self, node: Node) -> _Shape | None:
+    def _shape_of(self, node: Node) -> Shape | None:
         if node.domain == DOMAIN and node.op_type == MASK_HEAD:
             return self._masks(node)
         found = super()._shape_of(node)
@@ -71,7 +68,7 @@ class _Shapes(_Reader):
         rule = _RULES.get(node.op_type)
         return None if rule is None else rule(self, node, shape)
 
-    def _masks(self, node: Node) -> _Shape | None:
+    def _masks(self, node: Node) -> Shape | None:
         prototypes, coefficients = (self._shapes.get(name) for name in node.inputs[:2])
         if prototypes is None or coefficients is None:
             return None
@@ -85,7 +82,7 @@ class _Shapes(_Reader):
             return self._values.get(node.inputs[index])
         return None
 
-    def _slice(self, node: Node, shape: _Shape) -> _Shape | None:
+    def _slice(self, node: Node, shape: Shape) -> Shape | None:
         if len(node.inputs) < 3:
             return None
         starts, ends = (self._values.get(name) for name in node.inputs[1:3])
@@ -104,29 +101,29 @@ class _Shapes(_Reader):
             sides[axis] = len(range(*slice(start, end, step).indices(shape[axis])))
         return tuple(sides)
 
-    def _gather(self, node: Node, shape: _Shape) -> _Shape | None:
+    def _gather(self, node: Node, shape: Shape) -> Shape | None:
         chosen = self._shapes.get(node.inputs[1])
         if chosen is None:
             return None
         axis = node.integers.get("axis", (0,))[0] % max(len(shape), 1)
         return (*shape[:axis], *chosen, *shape[axis + 1 :])
 
-    def _gather_elements(self, node: Node, shape: _Shape) -> _Shape | None:
+    def _gather_elements(self, node: Node, shape: Shape) -> Shape | None:
         return self._shapes.get(node.inputs[1])
 
-    def _gather_nd(self, node: Node, shape: _Shape) -> _Shape | None:
+    def _gather_nd(self, node: Node, shape: Shape) -> Shape | None:
         chosen = self._shapes.get(node.inputs[1])
         batch = node.integers.get("batch_dims", (0,))[0]
         return None if chosen is None else (*chosen[:-1], *shape[batch + chosen[-1] :])
 
-    def _squeeze(self, node: Node, shape: _Shape) -> _Shape | None:
+    def _squeeze(self, node: Node, shape: Shape) -> Shape | None:
         axes = self._axes(node, 1)
         if axes is None:
             return tuple(side for side in shape if side != 1)
         gone = {axis % len(shape) for axis in axes}
         return tuple(side for axis, side in enumerate(shape) if axis not in gone)
 
-    def _unsqueeze(self, node: Node, shape: _Shape) -> _Shape | None:
+    def _unsqueeze(self, node: Node, shape: Shape) -> Shape | None:
         axes = self._axes(node, 1)
         if axes is None:
             return None
@@ -135,26 +132,26 @@ class _Shapes(_Reader):
         old = iter(shape)
         return tuple(1 if axis in new else next(old) for axis in range(rank))
 
-    def _flatten(self, node: Node, shape: _Shape) -> _Shape | None:
+    def _flatten(self, node: Node, shape: Shape) -> Shape | None:
         axis = node.integers.get("axis", (1,))[0]
         axis = axis + len(shape) if axis < 0 else axis
         return (math.prod(shape[:axis]), math.prod(shape[axis:]))
 
-    def _gemm(self, node: Node, shape: _Shape) -> _Shape | None:
+    def _gemm(self, node: Node, shape: Shape) -> Shape | None:
         other = self._shapes.get(node.inputs[1])
         if other is None:
             return None
         rows = shape[1] if node.integers.get("transA", (0,))[0] else shape[0]
         return (rows, other[0] if node.integers.get("transB", (0,))[0] else other[1])
 
-    def _matmul(self, node: Node, shape: _Shape) -> _Shape | None:
+    def _matmul(self, node: Node, shape: Shape) -> Shape | None:
         other = self._shapes.get(node.inputs[1])
         if other is None or len(shape) < 2 or len(other) < 2:
             return None
         batch = shape[:-2] if len(shape) >= len(other) else other[:-2]
         return (*batch, shape[-2], other[-1])
 
-    def _expand(self, node: Node, shape: _Shape) -> _Shape | None:
+    def _expand(self, node: Node, shape: Shape) -> Shape | None:
         wanted = self._values.get(node.inputs[1])
         if wanted is None:
             return None
@@ -163,39 +160,39 @@ class _Shapes(_Reader):
         right = (1,) * (rank - len(wanted)) + wanted
         return tuple(max(one, other) for one, other in zip(left, right, strict=True))
 
-    def _tile(self, node: Node, shape: _Shape) -> _Shape | None:
+    def _tile(self, node: Node, shape: Shape) -> Shape | None:
         times = self._values.get(node.inputs[1])
         if times is None:
             return None
         return tuple(side * time for side, time in zip(shape, times, strict=True))
 
-    def _pad(self, node: Node, shape: _Shape) -> _Shape | None:
+    def _pad(self, node: Node, shape: Shape) -> Shape | None:
         pads = self._values.get(node.inputs[1]) if len(node.inputs) > 1 else None
         if pads is None or len(pads) != 2 * len(shape):
             return None
         return tuple(side + pads[axis] + pads[axis + len(shape)] for axis, side in enumerate(shape))
 
-    def _roi_align(self, node: Node, shape: _Shape) -> _Shape | None:
+    def _roi_align(self, node: Node, shape: Shape) -> Shape | None:
         boxes = self._shapes.get(node.inputs[1])
         if boxes is None:
             return None
         sides = (node.integers.get(f"output_{side}", (1,))[0] for side in ("height", "width"))
         return (boxes[0], shape[1], *sides)
 
-    def _depth_to_space(self, node: Node, shape: _Shape) -> _Shape | None:
+    def _depth_to_space(self, node: Node, shape: Shape) -> Shape | None:
         size = node.integers["blocksize"][0]
         if node.op_type == "SpaceToDepth":
             return (shape[0], shape[1] * size * size, shape[2] // size, shape[3] // size)
         return (shape[0], shape[1] // (size * size), shape[2] * size, shape[3] * size)
 
-    def _taken(self, node: Node, shape: _Shape) -> _Shape | None:
+    def _taken(self, node: Node, shape: Shape) -> Shape | None:
         count = self._values.get(node.inputs[1])
         if count is None:
             return None
         axis = node.integers.get("axis", (-1,))[0] % max(len(shape), 1)
         return (*shape[:axis], count[0], *shape[axis + 1 :])
 
-    def _split(self, node: Node, shape: _Shape) -> None:
+    def _split(self, node: Node, shape: Shape) -> None:
         axis = node.integers.get("axis", (0,))[0] % max(len(shape), 1)
         parts: tuple[int, ...] | None = tuple(node.integers.get("split", ()))
         if not parts and len(node.inputs) > 1 and node.inputs[1]:
@@ -205,10 +202,10 @@ class _Shapes(_Reader):
             last = shape[axis] - whole * (len(node.outputs) - 1)
             parts = (*(whole,) * (len(node.outputs) - 1), last)
         for output, part in zip(node.outputs, parts or (), strict=False):
-            self._shapes[output] = (*shape[:axis], part, *shape[axis + 1 :])
+            self._set_shape(output, (*shape[:axis], part, *shape[axis + 1 :]))
 
 
-_RULES: dict[str, Callable[[_Shapes, Node, _Shape], _Shape | None]] = {
+_RULES: dict[str, Callable[[_Shapes, Node, Shape], Shape | None]] = {
     "Slice": _Shapes._slice,
     "Gather": _Shapes._gather,
     "GatherElements": _Shapes._gather_elements,

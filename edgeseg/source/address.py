@@ -160,9 +160,21 @@ class Address:
         return _on_disk(text, unknown_scheme=scheme is not None)
 
 
+# What cameras and GStreamer's elements call their passwords: ?user=guard&pwd=…, user-pw="…"
+_SECRET = re.compile(
+    r"""([?&;\s](?:[\w-]*(?:passw(?:or)?d|pwd|psw|secret|token|api[_-]?key)|user-pw|pass|key|auth)"""
+    r"""\s*=\s*)(?:"[^"]*"|'[^']*'|[^&;#\s]+)""",
+    re.IGNORECASE,
+)
+
+
 def without_password(uri: str) -> str:
-    """The URI as it may be shown: rtsp://user:secret@host -> rtsp://user:***@host."""
-    return re.sub(r"(://[^/@:\s]*):[^/\s]*@", r"\1:***@", uri)
+    """The URI as it may be shown: rtsp://user:secret@host -> rtsp://user:***@host.
+
+    So with what cameras take behind their address, and GStreamer's elements as properties:
+    ``?user=guard&pwd=***``, ``user-pw=***``.
+    """
+    return _SECRET.sub(r"\1***", re.sub(r"(://[^/@:\s]*):[^/\s]*@", r"\1:***@", uri))
 
 
 def _behind(text: str, kind: Kind) -> Address:

@@ -96,6 +96,11 @@ class Source(ABC):
         """What became of the frames so far."""
         return self._frames.tally()
 
+    @property
+    def threads(self) -> tuple[threading.Thread, ...]:
+        """Living threads of its own, besides the one that iterates it."""
+        return ()
+
     def listen(self, listener: Callable[[Status], None]) -> None:
         """Has ``listener`` called with each new state, in the thread that found it out."""
         self._listener = listener
@@ -104,6 +109,8 @@ class Source(ABC):
         """Frames until the source ends or is closed; raises SourceError when it breaks."""
         while (frame := self._take()) is not None:
             yield frame
+            # Not kept while waiting for the next: it holds a whole picture.
+            del frame
 
     def close(self) -> None:
         """Ends the iteration and gives the source back; a second call does nothing.

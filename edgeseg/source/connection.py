@@ -6,7 +6,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgeseg.errors import SourceError
 from edgeseg.frame import Pixels
@@ -78,6 +78,11 @@ class Connection(ABC):
         """Whether something of it is still not given back, after `close`."""
         return False
 
+    @property
+    def threads(self) -> tuple[threading.Thread, ...]:
+        """Living threads of its own."""
+        return ()
+
 
 class Unanswered(SourceError):
     """A stream that could not be opened in time; ``connection`` is what may still hang in it."""
@@ -115,7 +120,7 @@ class Feed(Connection):
 
     So nothing old waits in the queues of drivers and sockets, however slow the receiver is, and a
     driver that hangs hangs its thread alone. A picture that is replaced by a newer one is counted
-    as dropped.
+    as dropped, one that comes after a newer one as stale.
 
     ``open_reader`` runs in that thread, too, and raises SourceError. ``name`` is for messages,
     ``timeout_s`` how long the opening may take. Raises SourceError when it takes longer, or fails.
@@ -178,6 +183,7 @@ class Feed(Connection):
         self.interrupt()
         self._thread.join(_GRACE_S)
         with self._changed:
+            self._error = None
             if self._picture is not None:
                 self._picture = None
                 self._frames.count("dropped")
@@ -187,6 +193,30 @@ class Feed(Connection):
         """Whether the thread is still inside a driver."""
         return self._thread.is_alive()
 
+    @property
+    def threads(self) -> tuple[threading.Thread, ...]:
+        """The thread that reads, while it lives."""
+        return (self._thread,) if self._thread.is_alive() else ()
+
+    def _keep(self, picture: Picture) -> None:
+        """Has ``picture`` wait for whoever reads, if it is the newest."""
+        # What waits here grows old: a clock that is ahead must not make it new again.
+        now_ns = time.monotonic_ns()
+        if picture.captured_ns > now_ns:
+            picture = replace(picture, captured_ns=now_ns)
+        with self._changed:
+            waiting = self._picture
+            if self._closing:
+                self._frames.count("dropped")
+            elif waiting is not None and picture.captured_ns < waiting.captured_ns:
+                # Pictures that came in one piece have one time, and the last of them is the newest.
+                self._frames.count("stale")
+            else:
+                if waiting is not None:
+                    self._frames.count("dropped")
+                self._picture = picture
+                self._changed.notify_all()
+
     def _wait_for_opening(self, closed: threading.Event, patience_s: float) -> None:
         deadline = time.monotonic() + patience_s
         with self._changed:
@@ -195,13 +225,17 @@ class Feed(Connection):
                     self._closing = True
                     break
                 self._changed.wait(_SLICE_S)
-            reader, error = self._reader, self._error
-        if reader is not None:
-            self.size, self.fps, self.notes = reader.size, reader.fps, reader.notes
-            return
+            reader = self._reader
+            if reader is not None:
+                self.size, self.fps, self.notes = reader.size, reader.fps, reader.notes
+                return
+            error, self._error = self._error, None
         self._thread.join(0 if self._closing else _GRACE_S)
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error
         reason = f"gave no answer within {patience_s - _OPENING_GRACE_S:g} seconds"
         raise Unanswered(f"{self._name} {reason}", self)
 
@@ -216,12 +250,7 @@ class Feed(Connection):
                     self._reader = reader
                 self._changed.notify_all()
             while not self._closing and (picture := reader.read()) is not None:
-                with self._changed:
-                    if self._picture is not None or self._closing:
-                        self._frames.count("dropped")
-                    if not self._closing:
-                        self._picture = picture
-                    self._changed.notify_all()
+                self._keep(picture)
                 del picture
         except BaseException as raised:
             error = raised
@@ -232,3 +261,6 @@ class Feed(Connection):
                 self._ended = True
                 self._error = error
                 self._changed.notify_all()
+            # Its traceback holds this frame, which would hold it, and with it the stream's last
+            # pictures, until the garbage collector comes by.
+            del error

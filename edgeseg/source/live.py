@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from collections.abc import Callable
 
 from edgeseg.errors import FrameError, RequestError, SourceError
@@ -63,8 +64,9 @@ class LiveSource(Source):
         self._choices: tuple[str, ...] = ()
         self._attempt = 0
         self._last_captured_ns = -1
-        # When something new was last heard, and when frames began to come without a loss.
-        self._heard_ns = self._now_ns()
+        # When something new was last heard, when the frame was asked for that is being waited for,
+        # and when frames began to come without a loss.
+        self._heard_ns = self._asked_ns = self._now_ns()
         self._live_since_ns: int | None = None
         self._lost_ns: int | None = None
         self._due_ns = 0
@@ -102,10 +104,18 @@ class LiveSource(Source):
             notes.append(f"{self._name} ended after {self._ended_after} frames")
         return tuple(notes)
 
+    @property
+    def threads(self) -> tuple[threading.Thread, ...]:
+        """The reader of the connection, and those of earlier ones that hang in a driver."""
+        connection, hanging = self._connection, self._hanging
+        connections = (*hanging, *(() if connection is None else (connection,)))
+        return tuple(thread for one in connections for thread in one.threads)
+
     def _now_ns(self) -> int:
         return self._clock.now_ns()
 
     def _read(self) -> Frame | None:
+        self._asked_ns = self._now_ns()
         while not self._closed.is_set() and self._ended_after is None:
             if self._connection is None:
                 self._wait_and_open()
@@ -117,7 +127,9 @@ class LiveSource(Source):
 
     def _next(self, connection: Connection) -> Frame | None:
         """The next frame of this connection; None when there was none that can be given out."""
-        left_s = self._timeout_s - (self._now_ns() - self._heard_ns) / 1e9
+        # A reader who was away hears nothing either: that is not the camera's silence.
+        silent_ns = self._now_ns() - max(self._heard_ns, self._asked_ns)
+        left_s = self._timeout_s - silent_ns / 1e9
         try:
             if left_s <= 0:
                 # Something came, and all of it was old.

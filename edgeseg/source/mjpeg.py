@@ -31,6 +31,7 @@ _LARGEST_HEAD = 16 << 10
 _LARGEST_SIDE = 16384
 _LARGEST_AREA = 64_000_000
 _CHUNK = 1 << 16
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
 _REDIRECTS = 5
 
 
@@ -49,6 +50,8 @@ class PartReader:
         self._began_ns = 0
         self._inside = False
         self._length: int | None = None
+        # Of the buffer, so many bytes have been looked through for what is looked for now, so that
+        # a server that sends byte by byte costs no more than one that sends at once.
         self._searched = 0
         self.oversized = 0
 
@@ -70,16 +73,20 @@ class PartReader:
         if start < 0:
             # All but what may be the beginning of a boundary.
             del self._buffer[: max(len(self._buffer) - len(self._mark) + 1, 0)]
+            self._searched = 0
             return False
-        head = re.compile(rb"\r?\n\r?\n").search(self._buffer, start)
+        self._drop(start)
+        head = _HEAD_END.search(self._buffer, max(self._searched - 3, 0))
         if head is None:
-            if len(self._buffer) - start > _LARGEST_HEAD:
-                del self._buffer[: start + len(self._mark)]
+            self._searched = len(self._buffer)
+            if len(self._buffer) > _LARGEST_HEAD:
+                # Any other head that begins before the last 16 KiB is too long as well.
+                self._drop(len(self._buffer) - _LARGEST_HEAD)
                 self.oversized += 1
             return False
         named = re.search(
             rb"\ncontent-length:[ \t]*([0-9]{1,9})[ \t\r]*\n",
-            bytes(self._buffer[start : head.end()]).lower(),
+            bytes(self._buffer[: head.end()]).lower(),
         )
         length = int(named[1]) if named is not None else None
         # One of zero is what some servers write who do not know it.
@@ -90,15 +97,14 @@ class PartReader:
 
     def _end(self) -> bytes | None:
         """The part, if all of it is there."""
-        if self._length is not None:
-            if len(self._buffer) < self._length:
-                # Its length may lie. A boundary that comes before says so.
-                return self._up_to_boundary()
-            if self._mark not in self._buffer[: self._length]:
+        if self._length is not None and len(self._buffer) >= self._length:
+            if self._buffer.find(self._mark, self._searched, self._length) < 0:
                 behind = bytes(self._buffer[self._length : self._length + len(self._mark) + 4])
                 rest = behind.lstrip(b"\r\n")
                 if rest.startswith(self._mark[: len(rest)]):
                     return self._cut(self._length)
+            # It lies. A boundary says where the part ends, before that or behind.
+            self._length = None
         return self._up_to_boundary()
 
     def _up_to_boundary(self) -> bytes | None:
@@ -110,14 +116,19 @@ class PartReader:
         if len(self._buffer) > _LARGEST_PART:
             self.oversized += 1
             self._buffer.clear()
-            self._inside = False
+            self._inside, self._searched = False, 0
         return None
 
     def _cut(self, length: int) -> bytes:
         part = bytes(self._buffer[:length])
         del self._buffer[:length]
-        self._inside = False
+        self._inside, self._searched = False, 0
         return part
+
+    def _drop(self, count: int) -> None:
+        """Forgets the first bytes of the buffer."""
+        del self._buffer[:count]
+        self._searched = max(self._searched - count, 0)
 
 
 def boundary_of(content_type: str) -> bytes | None:
@@ -329,10 +340,9 @@ def get(url: str, timeout_s: float, *, verify: bool = True) -> _Response:
             if answer:
                 continue
         elif 300 <= response.status < 400 and moved:
-            onward = urljoin(asked, moved)
-            if urlsplit(onward).scheme in ("http", "https"):
-                # To the same host the name and password go along, to another one never.
-                asked, answer = _with_login(onward, parts), ""
+            onward = _onward(asked, moved, parts)
+            if onward is not None:
+                asked, answer = onward, ""
                 continue
         raise SourceError(
             f"{name} answers {response.status} {response.reason}"
@@ -384,7 +394,7 @@ def _credentials(parts: SplitResult, challenges: Sequence[str]) -> str:
     asked = {
         name.lower(): quoted or plain
         for name, quoted, plain in re.findall(
-            r'(\w+)\s*=\s*(?:"([^"]*)"|([^\s,]+))', offered["digest"]
+            r'\b(\w+)\s*=\s*(?:"([^"]*)"|([^\s,]+))', offered["digest"]
         )
     }
     if "qop" in asked:
@@ -399,6 +409,19 @@ def _credentials(parts: SplitResult, challenges: Sequence[str]) -> str:
         # An algorithm that Python does not know.
         return ""
     return f"Digest {found}" if found else ""
+
+
+def _onward(asked: str, moved: str, parts: SplitResult) -> str | None:
+    """Where a redirection from ``asked`` leads; None if that is no web address.
+
+    To the same host the name and password in ``parts`` go along, to another one never.
+    """
+    try:
+        onward = urljoin(asked, moved)
+        return _with_login(onward, parts) if urlsplit(onward).scheme in ("http", "https") else None
+    except ValueError:
+        # Such as half of an IPv6 address.
+        return None
 
 
 def _with_login(url: str, before: SplitResult) -> str:

@@ -134,11 +134,127 @@ def test_manifest_that_does_not_name_the_model(bundle_folder: Path) -> None:
         Bundle.open(bundle_folder)
 
 
-@pytest.mark.parametrize("name", ["../outside", "sub/file", "/outside", "..", ""])
-def test_manifest_that_points_outside_its_folder(bundle_folder: Path, name: str) -> None:
-    rewrite(bundle_folder / "bundle.json", lambda manifest: manifest["files"].update({name: "0"}))
-    with pytest.raises(BundleError, match=r"bundle\.json is damaged"):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside", "sub/file", "/outside", "..", ".", "", " ", "a\\b", "a\0b", "a\nb", "C:x",
+        "~root", "-x", ".hidden", "a.", "a ", "a..b", "\u00e9", "e\u0301", "\u202ea",
+        "\uff0e\uff0e", "bundle.json", "BUNDLE.json", "model.sig", "engines", "Engines", "con",
+        "NUL.txt", "com1.x",
+        "MODEL.onnx", "a" * 129,
+    ],
+)  # fmt: skip
+def test_manifest_with_names_that_are_no_plain_ones(bundle_folder: Path, name: str) -> None:
+    rewrite(
+        bundle_folder / "bundle.json", lambda manifest: manifest["files"].update({name: "0" * 64})
+    )
+    with pytest.raises(BundleError, match=r"^[^\n\0]*bundle\.json is damaged \([^\n\0]*\)$"):
         Bundle.open(bundle_folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda text: text.replace('"files"', '"files": {}, "files"'), "'files' comes twice"),
+        (lambda text: text.replace('"name"', '"x": NaN, "name"'), "NaN is no number"),
+        (lambda text: text.replace('"name"', '"x": 1e999, "name"'), "too large a number"),
+        (lambda text: text.replace('"name"', f'"x": {"9" * 5000}, "name"'), "too large"),
+        (lambda text: text.replace('"tiny"', '"\\ud800"'), "surrogates"),
+        (lambda text: text.replace('"tiny"', "3"), "name is int, not str"),
+        (lambda text: text.replace("[]", "[" * 99 + "]" * 99), "64 levels"),
+        (lambda text: text.replace("[]", "[" * 99_999 + "]" * 99_999), "64 levels"),
+        (lambda text: text.replace("[]", '"all"'), "accuracy is str, not list"),
+        (lambda text: text.replace('"name"', '"provenance": [], "name"'), "provenance is list"),
+    ],
+)
+def test_manifest_that_says_odd_things(
+    bundle_folder: Path, change: Callable[[str], str], says: str
+) -> None:
+    path = bundle_folder / "bundle.json"
+    text = path.read_text()
+    path.write_text(change(text))
+    assert path.read_text() != text
+    with pytest.raises(BundleError, match=rf"bundle\.json is damaged \(.*{says}"):
+        Bundle.open(bundle_folder)
+
+
+@pytest.mark.parametrize("digest", ["", "0" * 63, "A" * 64, "\u0660" * 64, 7, None, ["0" * 64]])
+def test_manifest_with_a_sha256_that_is_none(bundle_folder: Path, digest: object) -> None:
+    rewrite(
+        bundle_folder / "bundle.json",
+        lambda manifest: manifest["files"].update({"report.html": digest}),
+    )
+    with pytest.raises(BundleError, match=r"damaged \(the sha256 of report\.html is no sha256\)"):
+        Bundle.open(bundle_folder)
+
+
+def test_manifest_of_too_many_files_and_bytes(bundle_folder: Path) -> None:
+    path = bundle_folder / "bundle.json"
+    text = path.read_text()
+    rewrite(
+        path,
+        lambda manifest: manifest["files"].update({f"f{n}": "0" * 64 for n in range(1000)}),
+    )
+    with pytest.raises(BundleError, match="it names 1002 files, and a bundle has 1000 at most"):
+        Bundle.open(bundle_folder)
+    path.write_text(text + " " * (16 << 20))
+    with pytest.raises(BundleError, match=r"cannot be read \(it has 16\.8 MB, and at most 16\.8"):
+        Bundle.open(bundle_folder)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "report.html", "bundle.json"])
+@pytest.mark.parametrize("kind", ["pipe", "zero", "sparse", "out"])
+def test_files_that_are_no_files(bundle_folder: Path, name: str, kind: str) -> None:
+    path = bundle_folder / name
+    content = path.read_bytes()
+    path.unlink()
+    says = "it is no regular file"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "sparse":
+        with path.open("wb") as file:
+            file.truncate(1 << 42)
+        says = "it has 4398046\\.5 MB, and at most"
+    else:
+        outside = bundle_folder.parent / "outside"
+        outside.write_bytes(content)
+        path.symlink_to("/dev/zero" if kind == "zero" else outside)
+        says = "it is a link out of its folder"
+    with pytest.raises(BundleError, match=rf"{name} cannot be read \({says}"):
+        Bundle.open(bundle_folder)
+
+
+def test_links_within_the_folder(bundle_folder: Path, tmp_path: Path) -> None:
+    (bundle_folder / "model.onnx").rename(bundle_folder / "v1.onnx")
+    (bundle_folder / "model.onnx").symlink_to("v1.onnx")
+    (tmp_path / "current").symlink_to(bundle_folder)
+    assert Bundle.open(tmp_path / "current").name == "tiny"
+
+
+def test_what_was_hashed_is_what_is_parsed(
+    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    module = importlib.import_module("edgeseg.bundle")
+    original: Callable[..., bytes] = module.read_file
+    read: list[str] = []
+
+    def once(path: Path, *, most: int, within: Path | None = None) -> bytes:
+        content = original(path, most=most, within=within)
+        read.append(path.name)
+        path.write_bytes(b"another content")
+        return content
+
+    monkeypatch.setattr(module, "read_file", once)
+    assert Bundle.open(bundle_folder).name == "tiny"
+    assert read == ["bundle.json", "model.onnx"]
+
+
+@pytest.mark.parametrize("source", ["x" * 300, "a/" * 3000, "a\0b", "~nobody/x"])
+def test_names_that_no_file_can_have(source: str) -> None:
+    with pytest.raises(BundleError, match=r"^there is no bundle"):
+        Bundle.open(source)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +276,62 @@ def test_truncated_lone_file(bundle_folder: Path) -> None:
     path = bundle_folder / "model.onnx"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(BundleError, match="is not a whole ONNX file: it is damaged, cut short"):
+        Bundle.open(path)
+
+
+@pytest.mark.parametrize("lone", [False, True])
+def test_weights_outside_of_the_file(tiny: Tiny, bundle_folder: Path, lone: bool) -> None:
+    from onnx import TensorProto
+
+    model = tiny.model()
+    (tensor,) = model.graph.initializer
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    content = model.SerializeToString()
+    (bundle_folder / "model.onnx").write_bytes(content)
+    write_manifest(bundle_folder, {})
+    with pytest.raises(
+        BundleError, match=r"keeps the weights 'kernel' in a file beside it.*edgeseg export"
+    ):
+        Bundle.open(bundle_folder / "model.onnx" if lone else bundle_folder)
+
+
+def test_weights_outside_in_a_branch(tiny: Tiny, tmp_path: Path) -> None:
+    from onnx import TensorProto, helper
+
+    tensor = TensorProto(name="deep", data_type=TensorProto.FLOAT, dims=[1])
+    tensor.external_data.add(key="location", value="x")
+    inner = helper.make_graph([helper.make_node("Constant", [], ["y"], value=tensor)], "g", [], [])
+    model = tiny.model()
+    model.graph.node.append(helper.make_node("If", ["c"], ["y"], then_branch=inner))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match=r"keeps the weights 'deep' in a file"):
+        Bundle.open(path)
+
+
+def test_messages_in_one_another_without_end(tiny: Tiny, tmp_path: Path) -> None:
+    from edgeseg.protobuf import BYTES, joined
+
+    nested = b""
+    for _ in range(200):
+        # A graph in an attribute of a node of a graph.
+        for number in (6, 5, 1):
+            nested = joined([(number, BYTES, 0, nested)])
+    path = tmp_path / "model.onnx"
+    attribute = joined([(6, BYTES, 0, nested)])
+    path.write_bytes(tiny.content() + joined([(25, BYTES, 0, joined([(11, BYTES, 0, attribute)]))]))
+    with pytest.raises(BundleError, match="is not a whole ONNX file"):
+        Bundle.open(path)
+
+
+def test_metadata_that_comes_twice(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny.model()
+    model.metadata_props.add(key=SPEC_KEY, value=tiny.spec.to_json())
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match=r"says 'edgeseg\.spec' twice"):
         Bundle.open(path)
 
 

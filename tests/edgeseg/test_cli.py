@@ -30,6 +30,7 @@ from edgeseg.cli import main
 from edgeseg.engine import openvino as openvino_module
 from edgeseg.frame import Pixels, checked_pixels
 from edgeseg.result import AnyOutputs, SemanticResult
+from edgeseg.sink import window as window_module
 from edgeseg.source import quiet_opencv
 from tests.edgeseg.tiny_instances import TinyInstances
 
@@ -486,8 +487,8 @@ def test_unwritable_file(
         ("file/out.mp4", 1, "file does not exist"),
         ("file/out", 1, "cannot be made"),
         ("file", 1, "cannot be made"),
-        ("out.mov", 2, "results are written to a video"),
-        ("out.png", 2, "results are written to a video"),
+        ("out.mov", 2, "results go to a video"),
+        ("out.png", 2, "results go to a video"),
     ],
 )
 def test_unwritable_results(
@@ -537,7 +538,7 @@ def test_folder_without_permission(run: Run, bundle_folder: Path, place: Path) -
 def test_window_without_a_display(
     run: Run, bundle_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sink_module, "_is_headless", lambda: True)
+    monkeypatch.setattr(window_module, "_is_headless", lambda: True)
     found = run("run", bundle_folder, "--source", STREET, "--show", "--save", place / "out.mp4")
     assert (found.code, found.out) == (1, "")
     assert "headless build" in found.sentence and "--save" in found.sentence
@@ -651,7 +652,7 @@ def test_wrong_requests(
     ("arguments", "says"),
     [
         (("segment",), "invalid choice: 'segment'"),
-        (("run",), "required: BUNDLE, --source"),
+        (("run",), "required: BUNDLE"),
         (("run", "x", "--source", "y", "--frames", "0"), "a whole number from 1 .*'0' came"),
         (("run", "x", "--source", "y", "--frames", "many"), "a whole number from 1 .*'many' came"),
         (("run", "x", "--source", "y", "--threads", "-1"), "--threads"),
@@ -762,7 +763,9 @@ def test_kernels_build_wrong_architecture(run: Run) -> None:
 class _Interrupting:
     """An engine of its library that is interrupted at its fifth frame."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, error: BaseException, call: int = 6
+    ) -> None:
         engine = openvino_module.OpenVinoEngine
         run = engine.run
         self.calls = 0
@@ -770,7 +773,7 @@ class _Interrupting:
         def interrupted(this: openvino_module.OpenVinoEngine, pixels: Pixels) -> AnyOutputs:
             self.calls += 1
             # The first call is for the golden pair.
-            if self.calls == 6:
+            if self.calls == call:
                 raise error
             return run(this, pixels)
 
@@ -785,21 +788,25 @@ def test_interrupted_run_keeps_what_was_finished(
 
     def interrupted(sink: sink_module.VideoSink, result: SemanticResult) -> None:
         nonlocal written
-        if written == 3:
-            raise KeyboardInterrupt
         write(sink, result)
         written += 1
+        if written == 3:
+            os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(sink_module.VideoSink, "write", interrupted)
     target = place / "out.avi"
     found = run(
-        "run", bundle_folder, "--source", STREET, "--save", target, "--json", place / "x.json"
-    )
+        "run", bundle_folder, "--source", "synthetic:?size=48x64&frames=0", "--save", target,
+        "--json", place / "x.json",
+    )  # fmt: skip
     assert found.code == 0
     assert found.sentence == "stopped; what was finished is kept"
     assert f"saved {target}" in found.out
-    assert len(video_frames(target)) == 3
+    # What was on its way is finished, too.
+    frames = json.loads((place / "x.json").read_text())["frames"]
+    assert len(video_frames(target)) == written == frames >= 3
     assert names(place) == ["out.avi", "x.json"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -844,13 +851,41 @@ def test_interrupted_engine_keeps_what_was_finished(
 def test_run_interrupted_before_the_first_frame(
     run: Run, bundle_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(sink: sink_module.VideoSink, result: SemanticResult) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sink_module.VideoSink, "write", interrupted)
-    found = run("run", bundle_folder, "--source", STREET, "--save", place / "out.avi")
+    _Interrupting(monkeypatch, KeyboardInterrupt(), call=2)
+    found = run(
+        "run", bundle_folder, "--source", STREET, "--save", place / "out.avi",
+        "--engine", "openvino",
+    )  # fmt: skip
     assert found.code == 0 and "saved" not in found.out
     assert names(place) == []
+
+
+def test_output_that_fails_leaves_the_others_alone(
+    run: Run, bundle_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeseg.errors import SinkError
+
+    def full(sink: sink_module.VideoSink, result: SemanticResult) -> None:
+        raise SinkError("the disk is full")
+
+    monkeypatch.setattr(sink_module.VideoSink, "write", full)
+    saves = ["--save", place / "out.avi", "--save", place / "log.jsonl"]
+    found = run("run", bundle_folder, "--source", STREET, *saves, "--json", place / "x.json")
+    assert (found.code, found.sentence) == (1, "the disk is full")
+    assert len((place / "log.jsonl").read_text().splitlines()) == 6
+    assert names(place) == ["log.jsonl", "x.json"]
+    assert json.loads((place / "x.json").read_text())["outlets"][0]["error"] == "the disk is full"
+    # The last one: nobody is left to run for.
+    found = run("run", bundle_folder, "--source", "synthetic:?size=48x64&frames=0", *saves[:2])
+    assert (found.code, found.sentence) == (1, "the disk is full")
+
+
+def test_source_alone_is_for_the_shipped_model(run: Run, place: Path) -> None:
+    found = run("run", "synthetic:?size=96x128&frames=2", "--save", place / "out")
+    assert found.code == 0 and "2 frames" in found.out
+    assert names(place / "out") == ["000000.png", "000001.png"]
+    found = run("run", "nothing")
+    assert found.code == 2 and "what nothing is to segment is missing" in found.sentence
 
 
 def test_engine_that_fails_midway_leaves_nothing(
@@ -877,7 +912,8 @@ def test_interrupted_profile_leaves_nothing(
         "profile", bundle_folder, "--engine", "openvino",
         "--report", place / "x.html", "--json", place / "x.json",
     )  # fmt: skip
-    assert (found.code, found.sentence) == (INTERRUPTED, "stopped")
+    assert found.code == INTERRUPTED
+    assert found.sentence == "stopped before anything was measured"
     assert names(place) == []
 
 

@@ -237,3 +237,58 @@ def test_damaged_files(tiny: Tiny) -> None:
             Graph.read(bytes(spoilt)).activation_bytes()
         except BundleError:
             continue
+
+
+def graph_of(nodes: list[Any], *constants: Any) -> Graph:
+    """``nodes`` behind "x", float32 (2, 3), with int64 or float constants."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])]
+    tensors = [numpy_helper.from_array(values, name) for name, values in constants]
+    graph = helper.make_graph(nodes, "g", inputs, [], tensors)
+    return Graph.read(helper.make_model(graph).SerializeToString())
+
+
+def test_sizes_that_double_forty_times() -> None:
+    nodes = [onnx.helper.make_node("Shape", ["x"], ["s0"])]
+    nodes += [
+        onnx.helper.make_node("Concat", [f"s{n}", f"s{n}"], [f"s{n + 1}"], axis=0)
+        for n in range(40)
+    ]
+    nodes.append(onnx.helper.make_node("Reshape", ["x", "s3"], ["y"]))
+    nodes.append(onnx.helper.make_node("Reshape", ["x", "s40"], ["z"]))
+    graph = graph_of(nodes)
+    assert graph.shapes["y"] == (2, 3) * 8
+    assert "z" not in graph.shapes
+
+
+def test_axes_that_double_forty_times() -> None:
+    from edgeseg.estimate.shapes import read_graph
+
+    nodes = [
+        onnx.helper.make_node("Gather", [f"x{n}" if n else "x"] * 2, [f"x{n + 1}"])
+        for n in range(40)
+    ]
+    inputs = [onnx.helper.make_tensor_value_info("x", 1, [1, 1])]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", inputs, []))
+    shapes = read_graph(model.SerializeToString()).shapes
+    assert len(shapes["x5"]) == 33 and all(len(shape) <= 64 for shape in shapes.values())
+    assert "x40" not in shapes
+
+
+def test_sides_that_grow_without_end() -> None:
+    times = np.array([1 << 31, 1 << 31], np.int64)
+    nodes = [
+        onnx.helper.make_node("Resize", [f"x{n}" if n else "x", "", "scales"], [f"x{n + 1}"])
+        for n in range(9)
+    ]
+    graph = graph_of(nodes, ("scales", times.astype(np.float32)))
+    assert set(graph.shapes) == {"x", "scales"}
+    assert graph.activation_bytes() == 2 * 3 * 4
+
+
+def test_a_tensor_of_a_million_axes() -> None:
+    tensor = onnx.TensorProto(name="w", data_type=1, dims=[(1 << 62) + 1] * 1_000_000)
+    graph = onnx.helper.make_graph([], "g", [], [], [tensor])
+    with pytest.raises(BundleError, match="is not a whole ONNX file"):
+        Graph.read(onnx.helper.make_model(graph).SerializeToString())

@@ -175,3 +175,29 @@ def test_boxes_without_numbers_are_not_recorded() -> None:
 def test_what_is_no_instance_pair(text: str) -> None:
     with pytest.raises(BundleError, match=r"^the model's golden pair cannot be read"):
         golden_from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"seed": -1, "samples": ""}', "a seed of -1"),
+        ('{"seed": 1.5, "samples": ""}', "a seed of '1.5'"),
+        ('{"seed": true, "samples": ""}', "a seed of 'True'"),
+        ('{"seed": 1, "seed": 2, "samples": ""}', "'seed' comes twice"),
+        (f'{{"seed": 1, "samples": "{"00" * 2305}"}}', "more than 48x48 samples"),
+        ('{"seed": 1, "samples": "", "promised": 0}', "a promised agreement of '0'"),
+        ('{"seed": 1, "samples": "", "promised": 1.5}', "a promised agreement"),
+        ('{"seed": 1, "samples": "", "promised": NaN}', "NaN is no number"),
+        ('{"seed": 1, "detections": [], "samples": 9, "promised": -1}', "a promised agreement"),
+        (
+            '{"seed": 1, "detections": ['
+            + ", ".join(["[0, 0.5, 0, 0, 1, 1, 0.5]"] * 21)
+            + '], "samples": 9, "promised": 0.8}',
+            "more than 20 detections",
+        ),
+        ("[" * 100_000, "levels"),
+    ],
+)
+def test_pairs_that_cannot_be(text: str, says: str) -> None:
+    with pytest.raises(BundleError, match=rf"golden pair cannot be read \(.*{says}"):
+        golden_from_json(text)

@@ -340,3 +340,29 @@ def test_read(tmp_path: Path) -> None:
 def test_a_graph_says_whether_it_is_quantized() -> None:
     found = {name: Bundle.open(name).model.is_quantized() for name in ("streets", "streets-int8")}
     assert found == {"streets": False, "streets-int8": True}
+
+
+def test_functions_that_blow_up(tiny: Tiny) -> None:
+    """A thousand calls of a function of a thousand nodes: 100 kB that would become a gigabyte."""
+    model = tiny.model()
+    function = model.functions[0]
+    node = function.node[0]
+    for _ in range(1000):
+        function.node.append(node)
+    head = next(each for each in model.graph.node if each.op_type == HEAD)
+    for _ in range(1000):
+        model.graph.node.append(head)
+    with pytest.raises(BundleError, match="more than 100000 nodes in its functions"):
+        OnnxFile(model.SerializeToString()).inlined()
+
+
+def test_head_of_another_size_than_the_spec(tiny: Tiny) -> None:
+    from edgeseg.engine.head import opened_graph
+
+    model = tiny.model()
+    head = next(each for each in model.graph.node if each.op_type == HEAD)
+    next(each for each in head.attribute if each.name == "height").i = 1 << 30
+    with pytest.raises(
+        BundleError, match=r"promises masks of 32x48 and its head makes 1073741824x"
+    ):
+        opened_graph(OnnxFile(model.SerializeToString()), tiny.spec, compiled_head=True)

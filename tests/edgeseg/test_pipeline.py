@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,12 +16,12 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeseg import ledger as ledger_module
-from edgeseg import pipeline as pipeline_module
+from edgeseg import streams as streams_module
 from edgeseg.engine.base import Engine, OneAtATime, Pending, Prepared
 from edgeseg.errors import EngineError, FrameError, RequestError, SourceError
 from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
-from edgeseg.ledger import Ledger, Stage
+from edgeseg.ledger import STAGES, Ledger, Stage
 from edgeseg.pipeline import Pipeline
 from edgeseg.result import AnyOutputs, Outputs, SemanticResult
 from edgeseg.source import Source, open_source
@@ -450,6 +452,53 @@ def test_error_of_the_engine() -> None:
     assert source.given < 20 and source.releases == 1
 
 
+def test_mistake_in_a_source_is_an_error_of_the_source() -> None:
+    mistake = ZeroDivisionError("division by zero")
+    found = []
+    with (
+        pytest.raises(SourceError, match="raised ZeroDivisionError: division by zero") as raised,
+        Pipeline(Stripes(), Numbers(9, before=failing(3, mistake))) as results,
+    ):
+        for result in results:
+            found.append(result.index)
+    assert raised.value.__cause__ is mistake and found == [0, 1, 2]
+
+
+def test_engine_that_never_answers_ends_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams_module, "_CAPTURE_GRACE_S", 0.05)
+    go_on = threading.Event()
+
+    def hang(call: int) -> None:
+        if call == 2:
+            go_on.wait()
+
+    found = []
+    with (
+        pytest.raises(EngineError, match=r"stripes was to finish a frame within 0\.1 seconds"),
+        Pipeline(Stripes(hang), Numbers(9), patience_s=0.1) as results,
+    ):
+        for result in results:
+            found.append(result.index)
+    assert found == [0, 1]
+    stuck = [thread for thread in threading.enumerate() if thread.name.startswith("edgeseg-")]
+    assert "edgeseg-inference" in {thread.name for thread in stuck}
+    go_on.set()
+    for thread in stuck:
+        thread.join(PATIENCE_S)
+
+
+def test_stop_ends_the_iteration_in_peace() -> None:
+    source = Numbers(100_000)
+    with Pipeline(Stripes(), source) as results:
+        found = []
+        for result in results:
+            found.append(result.index)
+            if result.index == 5:
+                results.stop()
+    assert found == [*range(len(found))] and 6 <= len(found) < 20
+    assert source.releases == 1 and results.stats().threads == ()
+
+
 @pytest.mark.parametrize("shape", [(24, 36), (24, 36, 4)])
 def test_frame_of_another_kind(shape: tuple[int, ...]) -> None:
     with (
@@ -511,7 +560,7 @@ def test_leaving_early_ends_everything(how: str, live: bool) -> None:
 
 
 def test_source_that_hangs_does_not_hang_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline_module, "_CAPTURE_GRACE_S", 0.1)
+    monkeypatch.setattr(streams_module, "_CAPTURE_GRACE_S", 0.1)
     go_on = threading.Event()
 
     def hang(index: int) -> None:
@@ -522,7 +571,9 @@ def test_source_that_hangs_does_not_hang_the_caller(monkeypatch: pytest.MonkeyPa
     with Pipeline(Stripes(), source) as results:
         for _ in results:
             break
-    (stuck,) = [thread for thread in threading.enumerate() if thread.name == "edgeseg-capture"]
+    (stuck,) = [
+        thread for thread in threading.enumerate() if thread.name == "edgeseg-capture-source"
+    ]
     assert stuck.daemon and source.releases == 0
     # It gives the source back by itself, once the source lets go.
     go_on.set()
@@ -568,6 +619,29 @@ def test_fps_is_between_the_first_and_the_last_mask(
     assert ledger.fps() == pytest.approx(fps)
 
 
+@pytest.mark.parametrize(
+    ("finished_ms", "now_ms", "fps"),
+    [
+        ((), 1000, 0.0),
+        ((0,), 10, 0.0),
+        # In the beginning: since the first mask, without it.
+        ((1000, 1100, 1200), 1200, 10.0),
+        ((1000, 1100, 1200), 2000, 2.0),
+        # Later: those of the last five seconds, over five seconds.
+        (tuple(range(0, 20_001, 100)), 20_000, 10.0),
+        (tuple(range(0, 20_001, 100)), 22_000, 6.0),
+        (tuple(range(0, 20_001, 100)), 25_000, 0.0),
+        ((0, 60_000), 60_500, 0.2),
+    ],
+)
+def test_recent_fps(finished_ms: tuple[float, ...], now_ms: int, fps: float) -> None:
+    ledger = Ledger()
+    for at_ms in finished_ms:
+        ledger.count_finished(finished(at_ms), 0)
+    assert ledger.recent_fps(now_ms * 1_000_000) == pytest.approx(fps)
+    assert Ledger().recent_fps() == 0.0
+
+
 def test_ledger_sums_up() -> None:
     ledger = Ledger()
     for index in range(101):
@@ -594,6 +668,42 @@ def test_ledger_remembers_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> N
         ledger.count_finished(finished(index), 0)
     assert ledger.percentiles("fit")[0] == pytest.approx(994.5)
     assert ledger.frames == 1000
+    # More masks in five seconds than are remembered: over the time of those that are.
+    assert ledger.recent_fps(999_000_000) == pytest.approx(1000)
+
+
+def test_memory_of_a_ledger_does_not_grow() -> None:
+    ledger, result = Ledger(), finished(7)
+
+    def run(start: int, stop: int) -> None:
+        for index in range(start, stop):
+            for stage in STAGES:
+                ledger.record(stage, 10**12 + index)
+            ledger.count_finished(replace(result, finished_ns=10**7 * index), 10**12 + index)
+
+    tracemalloc.start()
+    try:
+        # More than the five seconds that are remembered mask by mask.
+        run(0, 600)
+        before = tracemalloc.get_traced_memory()[0]
+        run(600, 3600)
+        assert tracemalloc.get_traced_memory()[0] - before < 2_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_ledger_sorts_without_its_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, sorted_ = Ledger(), []
+    ledger.count_finished(finished(5), 1)
+    percentile = np.percentile
+
+    def unlocked(*given: Any) -> Any:
+        sorted_.append(ledger._lock.locked())
+        return percentile(*given)
+
+    monkeypatch.setattr(np, "percentile", unlocked)
+    assert ledger.summary().mask_age_ms.p50 == 5
+    assert sorted_ and not any(sorted_)
 
 
 def test_ledger_of_a_run_has_every_stage() -> None:

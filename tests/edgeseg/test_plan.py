@@ -449,3 +449,32 @@ def test_render(bundle: Bundle) -> None:
         "plus, DLA 1, TF32, built in 51 s"
     )
     assert lines[2:] == [*GOOD.render(), "TensorRT warns: something minor"]
+
+
+def test_a_bundle_whose_signature_was_checked_takes_no_plan_from_its_folder(
+    bundle: Bundle, cache: Path
+) -> None:
+    made = built(bundle)
+    assert made.path.parent.parent == bundle.folder
+    signed = replace(bundle, signed=True)
+    assert isinstance(find(signed), NoPlan)
+    mine = built(signed)
+    assert cache in mine.path.parents
+    found = find(signed)
+    assert isinstance(found, Plan) and found.path == mine.path
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"format": 1, "format": 1}', '{"format": NaN}', "[" * 100_000, '{"x": "\\ud800"}'],
+)
+def test_sidecar_that_could_be_read_in_two_ways(bundle: Bundle, text: str) -> None:
+    built(bundle).sidecar.write_text(text)
+    assert "is damaged, or of another EdgeSeg" in reasons(find(bundle))
+
+
+def test_sidecar_that_is_a_pipe(bundle: Bundle) -> None:
+    made = built(bundle)
+    made.sidecar.unlink()
+    os.mkfifo(made.sidecar)
+    assert "cannot be read (it is no regular file)" in reasons(find(bundle))

@@ -27,13 +27,17 @@ from edgeseg.report import (
     Film,
     Histogram,
     Histograms,
+    LineChart,
     Mark,
     Paragraph,
     Picture,
     Pictures,
     Point,
+    Range,
+    Ranges,
     Report,
     Section,
+    Series,
     Share,
     Stack,
     Table,
@@ -417,6 +421,70 @@ def test_points_of_a_curve_stand_where_its_axes_say(x: list[float], y: list[floa
     assert ends == [[*a, *b] for a, b in itertools.pairwise(circles)]
 
 
+# --- lines over time
+
+LINES = (
+    Series("time since the mask before", ((0.0, 12.0), (0.5, 30.0), (2.0, 8.0))),
+    Series("mask age <&>", ((0.0, 3.0), (1.0, 24.5))),
+)
+
+
+@pytest.mark.parametrize("from_zero", [True, False])
+def test_lines_run_where_the_axes_say(from_zero: bool) -> None:
+    found = page(LineChart(LINES, "seconds", "milliseconds", "both", from_zero=from_zero))
+    for words in ("seconds", "milliseconds", "both", "time since the mask before", "mask age <&>"):
+        assert words in found.text
+    traces = [path for path in found.all("path") if "trace" in (path.get("class") or "")]
+    assert [path["class"] for path in traces] == ["trace t0", "trace t1"]
+    x_ticks, y_ticks = ticks_of(found, "middle"), ticks_of(found, "end")
+    assert 0 in [value for _, value in y_ticks] if from_zero else True
+    (here, first), (there, last) = y_ticks[0], y_ticks[-1]
+    for path, line in zip(traces, LINES, strict=True):
+        drawn = [
+            tuple(float(number) for number in point.split())
+            for point in (path["d"] or "").removeprefix("M").split("L")
+        ]
+        assert len(drawn) == len(line.points)
+        for (x, y), (across, down) in zip(line.points, drawn, strict=True):
+            # The page goes from the first to the last second, 1000 units.
+            assert across == pytest.approx(x / 2.0 * 1000, abs=0.06)
+            wanted = here - 4 + (y - first) / (last - first) * (there - here)
+            assert down == pytest.approx(wanted, abs=0.1)
+    for place, value in x_ticks:
+        assert place == pytest.approx(value / 2.0 * 100, abs=0.006)
+
+
+def test_a_line_of_one_point_is_a_dot() -> None:
+    found = page(LineChart((Series("", ((3.0, 4.0),)),), "x", "y"))
+    (path,) = (path for path in found.all("path") if path.get("class") == "trace t0")
+    assert (path["d"] or "").endswith("h.01")
+    assert found.all("span", "key") == []
+
+
+def test_ranges_stand_on_one_axis() -> None:
+    found = page(
+        Ranges((Range("b", 1.5, 1.4, 1.8, "1.5x"), Range("c", 0.5, 0.5, 0.5, "0.5x")), mark=1.0)
+    )
+    reaches = [numbers(line, "x1", "x2") for line in found.all("line", "reach")]
+    points = [numbers(circle, "cx")[0] for circle in found.all("circle")]
+    marks = [numbers(line, "x1")[0] for line in found.all("line", "mark")]
+    # The axis reaches from 0.5 to 1.8, and a little farther.
+    low, high = 0.5 - 1.3 * 0.04, 1.8 + 1.3 * 0.04
+
+    def at(value: float) -> float:
+        return (value - low) / (high - low) * 100
+
+    assert points == pytest.approx([at(1.5), at(0.5)], abs=0.006)
+    assert reaches[0] == pytest.approx([at(1.4), at(1.8)], abs=0.006)
+    assert marks == pytest.approx([at(1.0)] * 2, abs=0.006)
+    assert "1.5x" in found.text and "0.5x" in found.text
+
+
+def test_ranges_that_are_all_the_same() -> None:
+    found = page(Ranges((Range("b", 1.0, 1.0, 1.0, "1x"),), mark=1.0))
+    assert numbers(found.all("circle")[0], "cx") == pytest.approx([50.0])
+
+
 def text_boxes(found: Page, width: float) -> list[tuple[float, float, float, float]]:
     """(left, top, right, bottom) of the labels of a curve whose plot is ``width`` pixels wide."""
     boxes = []
@@ -521,6 +589,15 @@ def test_pictures_can_be_read_back(
         (lambda: Histogram("h", (1,), 0, 1, "", (Mark(float("inf")),)), "finite value, and inf"),
         (lambda: Curve((), "x", "y"), "one or more points"),
         (lambda: Curve((Point(1, float("nan")),), "x", "y"), r"\(1, nan\) came"),
+        (lambda: LineChart((), "x", "y"), "one or more points"),
+        (lambda: LineChart((Series("a", ()),), "x", "y"), "one or more points"),
+        (lambda: LineChart((Series("a", ((1, 2),)),) * 9, "x", "y"), "8 lines at most, and 9"),
+        (lambda: LineChart((Series("a", ((1, float("inf")),)),), "x", "y"), r"\(1, inf\) came"),
+        (lambda: LineChart((Series("a", ((2, 0), (1, 0))),), "x", "y"), "that of 'a' does not"),
+        (lambda: Ranges(()), "one or more, and none came"),
+        (lambda: Range("r", 1, 2, 3, ""), "low <= value <= high, and 2, 1, 3 came"),
+        (lambda: Range("r", 1, 1, float("inf"), ""), "inf came"),
+        (lambda: Range("r", float("nan"), 1, 2, ""), "nan"),
         (lambda: Pictures((), columns=5), "1 to 4 columns, and 5"),
         (lambda: Film((np.zeros((4, 4, 3), np.uint8),), 1), "two or more frames"),
         (lambda: Film((np.zeros((9000, 1, 3), np.uint8),) * 2, 1), "16000 rows in all, and 18000"),

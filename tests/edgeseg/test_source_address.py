@@ -114,6 +114,15 @@ def test_defaults_are_no_request() -> None:
     [
         ("rtsp://me:secret@h:554/x", "rtsp://me:***@h:554/x"),
         ("rtsp://me:se@cret@h/x", "rtsp://me:***@h/x"),
+        ("http://h/v?user=me&pwd=secret&res=4", "http://h/v?user=me&pwd=***&res=4"),
+        ("http://h/v?access_token=secret#timeout=5", "http://h/v?access_token=***#timeout=5"),
+        ("http://h/v?API-Key=secret;Password=secret", "http://h/v?API-Key=***;Password=***"),
+        (
+            "gst: rtspsrc location=rtsp://h/x user-id=me user-pw=secret ! decodebin",
+            "gst: rtspsrc location=rtsp://h/x user-id=me user-pw=*** ! decodebin",
+        ),
+        ('gst: souphttpsrc user-pw = "my secret" ! jpegdec', None),
+        ("http://h/passage?keyframe=1&monkey=2", "http://h/passage?keyframe=1&monkey=2"),
         ("rtsp://h:554/x@y", "rtsp://h:554/x@y"),
         ("gst: rtspsrc location=rtsp://me:secret@h/x ! decodebin", None),
     ],

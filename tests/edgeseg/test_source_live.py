@@ -16,7 +16,14 @@ from edgeseg.frame import Frame
 from edgeseg.source import Backoff, LiveSource, Source
 from edgeseg.source.connection import Connection, Feed, Picture, Reader, Silence
 from edgeseg.source.status import FrameLedger
-from tests.edgeseg.faults import FakeClock, Fault, FaultKind, FaultyCamera, number_in
+from tests.edgeseg.faults import (
+    FakeClock,
+    Fault,
+    FaultKind,
+    FaultyCamera,
+    WorldClock,
+    number_in,
+)
 
 PATIENCE_S = 10.0
 TIMEOUT_S = 2.0
@@ -35,7 +42,7 @@ def live(camera: FaultyCamera, *, reconnect_s: float = math.inf, waits: bool = F
     )
 
 
-def frames_until(source: Source, clock: FakeClock, end_s: float) -> list[tuple[float, Frame]]:
+def frames_until(source: Source, clock: WorldClock, end_s: float) -> list[tuple[float, Frame]]:
     """The frames that come up to a second of the clock, and when they came."""
     found = []
     for frame in source:
@@ -83,6 +90,20 @@ def test_frozen_camera_is_stalled_and_then_opened_anew() -> None:
     assert source.tally.reconnects >= 1
     (note,) = source.notes
     assert note.startswith("the camera was lost and opened anew") and "5.1 seconds" in note
+
+
+@pytest.mark.parametrize("read_before", [0, 3])
+def test_reader_that_was_away_is_no_stall(read_before: int) -> None:
+    # An engine takes a minute to build, a caller goes for lunch: the camera was there all the time.
+    camera = FaultyCamera(FakeClock())
+    source = live(camera)
+    frames = iter(source)
+    for _ in range(read_before):
+        next(frames)
+    camera.clock.wait(threading.Event(), 60.0)
+    frame = next(frames)
+    assert number_in(frame.pixels) == round(10 * camera.clock.seconds)
+    assert "stalled" not in states(source) and camera.opened == 1
 
 
 @pytest.mark.parametrize("kind", ["break", "end", "refuse"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import random
 import re
 import socket
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
@@ -127,6 +129,17 @@ def test_part_that_never_ends_takes_bounded_memory(monkeypatch: pytest.MonkeyPat
         assert len(reader._buffer) <= 40_000
     assert reader.feed(b"\r\n\r\n", 0) == []
     assert [part for part, _ in reader.feed(body([b"good"], head=right) + b"--frame", 0)][-1:] == [
+        b"good"
+    ]
+
+
+def test_heads_without_an_end_one_behind_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mjpeg_module, "_LARGEST_HEAD", 1000)
+    reader = PartReader(b"frame")
+    for _ in range(50):
+        assert reader.feed(b"--frame\r\n" * 1000, 0) == []
+        assert len(reader._buffer) <= 1000
+    assert [part for part, _ in reader.feed(body([b"good"], head=right) + b"--frame", 0)] == [
         b"good"
     ]
 
@@ -529,6 +542,41 @@ def test_other_answers(server: Server) -> None:
         server.picture(jpeg(9))
         assert next(iter(source)).index == 0
         assert server.requests[-2:] == ["/moved/video", "/video"]
+
+
+@pytest.mark.parametrize(
+    "place", ["http://[", "http://[::1", "//[x]/", "http://a:b:c]/", "rtsp://x"]
+)
+def test_redirection_to_nowhere(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    class Link:
+        def makefile(self, mode: str, *_: object) -> io.BytesIO:
+            return io.BytesIO(f"HTTP/1.1 302 Found\r\nLocation: {place}\r\n\r\n".encode())
+
+        def sendall(self, data: bytes) -> None: ...
+        def setsockopt(self, *_: int) -> None: ...
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: Link())
+    with pytest.raises(SourceError, match=r"http://camera/x answers 302 Found|cannot be opened"):
+        mjpeg_module.get("http://camera/x", 1.0)
+
+
+@pytest.mark.parametrize(
+    "challenge",
+    [
+        # 60 kB each: what takes the square of that time does not come back.
+        "Digest " + "a" * 60_000,
+        "Digest " + "a " * 30_000,
+        "Digest " + 'a="' * 20_000,
+        "Digest a" + " " * 60_000 + "b",
+        "Digest realm=, nonce=" + "é" * 9,
+        'Digest realm="x", nonce="y", algorithm="None"',
+    ],
+)
+def test_challenges_that_are_none(challenge: str) -> None:
+    parts = urlsplit("http://me:secret@camera/x")
+    answer = mjpeg_module._credentials(parts, [challenge])
+    assert answer == "" or answer.startswith("Digest ")
 
 
 def test_refused_connection_hides_the_password() -> None:

@@ -73,6 +73,28 @@ def test_json_round_trip(spec: ModelSpec) -> None:
             for key in ("name", "height", "classes", "colours", "preprocessing", "fit")
         ),
         (changed(height="tall"), "incomplete"),
+        (changed(height="360"), "incomplete.*'360' is no whole number"),
+        (changed(height=360.0), "incomplete.*no whole number"),
+        (changed(height=True), "incomplete.*no whole number"),
+        (changed(height=16385), "incomplete.*16385x"),
+        (changed(height=16384, width=16384), "incomplete.*16384x16384 cannot be"),
+        (changed(ignore=10**19 * 2), "cannot be read.*too large a number"),
+        (changed(confidence=1), "incomplete.*neither true nor false"),
+        (changed(name=None), "incomplete.*'None' is no text"),
+        (changed(name="a\x1b]0;title\x07"), "incomplete.*all of them visible"),
+        (changed(name="\u202eabc"), "incomplete.*all of them visible"),
+        (changed(name="\ud800"), "cannot be read.*surrogates"),
+        (changed(name="x" * 201), "incomplete.*at most 200 characters"),
+        (changed(classes="ab"), "incomplete.*'ab' is no list"),
+        (changed(classes=["a\nb", "c"]), "incomplete.*all of them visible"),
+        (changed(colours=[[0, 0, 256], [0, 0, 0]]), "incomplete.*0 to 255"),
+        (changed(colours=[[0, 0, -1], [0, 0, 0]]), "incomplete.*0 to 255"),
+        (SPEC.to_json().replace("{", '{"height": 1, ', 1), "cannot be read.*'height' comes twice"),
+        (
+            changed(preprocessing={"mean": [0, 0, "0"], "std": [1, 1, 1], "order": "rgb"}),
+            "incomplete.*'0' is no number",
+        ),
+        ("[" * 100_000, "cannot be read.*levels"),
         (changed(height=0), "incomplete.*0x480"),
         (changed(task="depth"), "incomplete.*semantic, instance, and 'depth' came"),
         (changed(task="instance"), "capacity and a mask size of 1 or more.*capacity of 0"),
@@ -152,3 +174,22 @@ def test_sizes_that_cannot_be(text: str, multiple: int, says: str) -> None:
     with pytest.raises(RequestError, match=says) as raised:
         parse_size(text, multiple=multiple)
     assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"capacity": 10_001},
+        {"mask_height": 16385},
+        {"capacity": 10_000, "mask_height": 1000, "mask_width": 1000},
+    ],
+)
+def test_masks_that_fill_the_memory(values: dict[str, int]) -> None:
+    with pytest.raises(RequestError, match="more than fit into memory"):
+        replace(INSTANCE_SPEC, **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["9" * 5000 + "x3", "٣x٣", "3x", "0x3"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(RequestError):
+        parse_size(text)
