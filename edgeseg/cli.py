@@ -991,6 +991,11 @@ def _profile(options: argparse.Namespace) -> int:
         raise RequestError("a profile is of a BUNDLE, such as streets, and none came")
     if options.layers and (options.compare or options.sweep):
         raise RequestError("--layers is for one bundle; leave out --compare and --sweep")
+    if options.public_key is not None and (options.compare or options.sweep):
+        raise RequestError(
+            "--public-key is for one bundle; check those of --compare and --sweep before, with "
+            "`edgeseg sign BUNDLE --check --public-key FILE`"
+        )
     if options.at_least is not None and not options.sweep:
         raise RequestError("--at-least goes with --sweep")
     given = Setting("", options.engine, options.threads, options.head)

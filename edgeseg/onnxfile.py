@@ -350,7 +350,10 @@ class OnnxFile:
         for field in graph:
             node = field[3]
             if field[0] == _GRAPH_NODE and self._cast_target(node) == _UINT8:
-                (source,) = self._texts(node, _NODE_INPUT)
+                sources = self._texts(node, _NODE_INPUT)
+                if len(sources) != 1:
+                    raise self._damaged()
+                source = sources[0]
                 between = f"{source}.as_float"
                 written.append((_GRAPH_NODE, BYTES, 0, _cast_node(source, between, _FLOAT)))
                 node = joined(

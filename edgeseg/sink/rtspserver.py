@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -98,6 +99,10 @@ class RtspServerSink(LiveVideoSink):
         if self._closed:
             return
         self._closed = True
+        with self._lock:
+            feeds = list(self._feeds.values())
+        for feed in feeds:
+            feed.end()
         self._server.leave(self._name if self._offered else None)
 
     @property
@@ -255,10 +260,13 @@ class _Server:
 def _server_library(name: str) -> tuple[Any, Any]:
     """GStreamer's RTSP server, and GLib."""
     try:
-        import gi
+        # Older PyGObjects import in a way that Python warns of.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import gi
 
-        gi.require_version("GstRtspServer", "1.0")
-        from gi.repository import GLib, GstRtspServer
+            gi.require_version("GstRtspServer", "1.0")
+            from gi.repository import GLib, GstRtspServer
     except (ImportError, ValueError):
         raise SinkError(
             f"{name} is served by GStreamer's RTSP server, which cannot be imported; "

@@ -366,3 +366,10 @@ def test_head_of_another_size_than_the_spec(tiny: Tiny) -> None:
         BundleError, match=r"promises masks of 32x48 and its head makes 1073741824x"
     ):
         opened_graph(OnnxFile(model.SerializeToString()), tiny.spec, compiled_head=True)
+
+
+def test_cast_without_an_input(tiny: Tiny) -> None:
+    model = tiny.model()
+    del model.graph.node[-1].input[:]
+    with pytest.raises(BundleError, match="is not a whole ONNX file"):
+        OnnxFile(model.SerializeToString()).for_tensorrt(plugins=False)

@@ -165,7 +165,7 @@ def test_bitrates() -> None:
 )
 def test_without_gstreamer(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed_module, "is_available", lambda: False)
-    with pytest.raises(SinkError, match="PyGObject.*apt-get install -y python3-gi") as caught:
+    with pytest.raises(SinkError, match=r"PyGObject.*apt-get install -y python3-gi") as caught:
         open_sink(target)
     assert "secret" not in str(caught.value)
 
@@ -344,9 +344,11 @@ def test_several_sinks_share_a_port() -> None:
             for index in range(2):
                 front.write(result(index))
                 back.write(result(index))
-            with RtspServerSink("back", port, host="127.0.0.1") as twice:
-                with pytest.raises(SinkError, match="a name of its own"):
-                    twice.write(result(0))
+            with (
+                RtspServerSink("back", port, host="127.0.0.1") as twice,
+                pytest.raises(SinkError, match="a name of its own"),
+            ):
+                twice.write(result(0))
             with pytest.raises(SinkError, match="shares its port"):
                 RtspServerSink("side", port, host="127.0.0.1", user="a", password="b")
         assert len(own_threads()) == 1
@@ -460,11 +462,11 @@ def test_a_server_that_says_nothing_is_an_error() -> None:
         silent.listen()
         now = [100.0]
         port = silent.getsockname()[1]
-        with RtspPublishSink(f"rtsp://127.0.0.1:{port}/x", now_s=lambda: now[0]) as sink:
-            with pytest.raises(SinkError, match="has taken no picture for 10 seconds"):
-                for index in range(40):
-                    sink.write(result(index))
-                    now[0] += 1.0
+        sink = RtspPublishSink(f"rtsp://127.0.0.1:{port}/x", now_s=lambda: now[0])
+        with pytest.raises(SinkError, match="has taken no picture for 10 seconds"), sink:
+            for index in range(40):
+                sink.write(result(index))
+                now[0] += 1.0
 
 
 @needs("x264enc", "udpsink", "udpsrc", "rtph264depay", "avdec_h264")
@@ -548,7 +550,7 @@ def test_a_wrong_pipeline_is_refused_at_once(text: str, says: str) -> None:
 @needs("filesink")
 def test_a_pipeline_that_breaks_is_an_error(tmp_path: Path) -> None:
     sink = open_sink(f"gst: filesink location={tmp_path}/none/x")
-    with pytest.raises(SinkError, match="broke off|cannot be started"):
+    with pytest.raises(SinkError, match=r"broke off|cannot be started"):
         for index in range(200):
             sink.write(result(index))
             time.sleep(0.01)
