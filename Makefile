@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := edgeseg export calibration kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all lint lint-tensorrt tensorrt-stubs format bench bench-compression bench-estimate bench-int8 gpu nvcc clean
+.PHONY: demo test test-all lint lint-tensorrt tensorrt-stubs soak format bench bench-compression bench-estimate bench-int8 gpu nvcc clean
 
 demo: $(VENV)/.device
 	$(BIN)/edgeseg demo
@@ -16,6 +16,10 @@ test: $(VENV)/.dev tensorrt-stubs
 
 test-all: $(VENV)/.dev tensorrt-stubs
 	$(BIN)/python -m pytest -m "not gpu"
+
+# 200 000 masks of cameras, an engine and sinks that fail in every way: seven minutes on two cores.
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.soak --json benchmarks/results/soak.json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

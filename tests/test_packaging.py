@@ -129,7 +129,7 @@ def pins(name: str, python: str) -> dict[str, str]:
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize(
     ("name", "extras"),
-    [("device.txt", ("serve",)), ("dev.txt", ("onnxruntime", "export", "serve", "dev"))],
+    [("device.txt", ("serve",)), ("dev.txt", ("onnxruntime", "export", "serve", "signing", "dev"))],
 )
 def test_pins_satisfy_the_project(name: str, extras: tuple[str, ...], python: str) -> None:
     project = PROJECT["project"]

@@ -9,7 +9,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 from urllib.request import HTTPDigestAuthHandler, HTTPPasswordMgrWithDefaultRealm, Request
 
@@ -356,26 +357,66 @@ def _ask(
 ) -> tuple[socket.socket, http.client.HTTPResponse]:
     if parts.hostname is None:
         raise ValueError("there is no host in the address")
-    connection: http.client.HTTPConnection
-    if parts.scheme.lower() == "https":
-        context = ssl.create_default_context()
-        if not verify:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(
-            parts.hostname, parts.port, timeout=timeout_s, context=context
-        )
-    else:
-        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
+    deadline = time.monotonic() + timeout_s
+    secure = parts.scheme.lower() == "https"
+    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    # Without a port, the last part of an IPv6 address would be taken for one.
+    connection = kind(parts.hostname, parts.port or kind.default_port, timeout=timeout_s)
+    headers = {"User-Agent": "edgeseg", "Accept": "*/*", "Connection": "close"}
+    if answer:
+        headers["Authorization"] = answer
+    link = socket.create_connection((connection.host, connection.port), timeout_s)
     try:
-        headers = {"User-Agent": "edgeseg", "Accept": "*/*", "Connection": "close"}
-        if answer:
-            headers["Authorization"] = answer
-        connection.request("GET", _path_of(parts), headers=headers)
-        link = connection.sock
-        return link, connection.getresponse()
+        if secure:
+            link = _wrapped(link, connection.host, verify)
+        with _until(deadline, link):
+            if isinstance(link, ssl.SSLSocket):
+                link.do_handshake()
+            connection.sock = link
+            connection.request("GET", _path_of(parts), headers=headers)
+            return link, connection.getresponse()
     except BaseException:
         connection.close()
+        link.close()
         raise
+
+
+def _wrapped(link: socket.socket, host: str, verify: bool) -> ssl.SSLSocket:
+    context = ssl.create_default_context()
+    if not verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(link, server_hostname=host, do_handshake_on_connect=False)
+
+
+@contextmanager
+def _until(deadline: float, link: socket.socket) -> Iterator[None]:
+    """Raises TimeoutError when the block takes longer, also if a byte comes now and then.
+
+    A socket's own time-out begins anew with each byte.
+    """
+    late = threading.Event()
+
+    def cut() -> None:
+        late.set()
+        # Of the socket below: one with TLS forgets its state before the other thread has noticed.
+        with suppress(OSError):
+            socket.socket.shutdown(link, socket.SHUT_RDWR)
+
+    timer = threading.Timer(max(deadline - time.monotonic(), 0), cut)
+    timer.name = "edgeseg-deadline"
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if late.is_set():
+            raise TimeoutError from error
+        raise
+    finally:
+        timer.cancel()
+        timer.join()
+    if late.is_set():
+        raise TimeoutError
 
 
 def _path_of(parts: SplitResult) -> str:

@@ -249,7 +249,16 @@ def own_threads() -> list[str]:
 @pytest.mark.parametrize("secret", [None, "s@cret"])
 def test_served_to_several_players(secret: str | None) -> None:
     user = None if secret is None else "me"
-    sink = RtspServerSink("street/1", 0, host="127.0.0.1", user=user, password=secret, fps=FPS)
+    sink = RtspServerSink(
+        "street/1",
+        0,
+        host="127.0.0.1",
+        user=user,
+        password=secret,
+        fps=FPS,
+        opacity=0.0,
+        legend=False,
+    )
     login = "" if secret is None else "me:s%40cret@"
     url = sink.url.replace("rtsp://", f"rtsp://{login}")
     with sink, Feeding(sink) as feeding:
