@@ -157,9 +157,9 @@ class CompressionRecipe:
         calibration = values.pop("calibration", [])
         if isinstance(calibration, str):
             calibration = [calibration]
-        if "classes" in values:
-            values["classes"] = tuple(values["classes"])
         try:
+            if "classes" in values:
+                values["classes"] = tuple(values["classes"])
             return cls(
                 **values,
                 calibration=tuple(calibration),
@@ -173,7 +173,9 @@ class CompressionRecipe:
                 if quantize is None
                 else QuantizationRecipe.from_dict(quantize, f"[quantize] of {name}"),
             )
-        except TypeError as error:
+        except RequestError:
+            raise
+        except (TypeError, ValueError) as error:
             raise RequestError(f"{name} does not fit: {error}") from error
 
 

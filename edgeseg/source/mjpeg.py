@@ -188,18 +188,25 @@ class MjpegReader(Reader):
     """The pictures of a multipart response, decoded; damaged and repeated ones are left out.
 
     A camera that hangs often goes on sending its last picture. The same bytes twice are no new
-    picture of the world, so that they are counted as stale, unless ``repeats`` allows them.
+    picture of the world, so that they are counted as stale, unless ``repeats`` allows them; also
+    when it was opened anew in between, for which ``before`` is what was read of it before.
     """
 
     def __init__(
-        self, response: _Response, boundary: bytes, frames: FrameLedger, *, repeats: bool = False
+        self,
+        response: _Response,
+        boundary: bytes,
+        frames: FrameLedger,
+        *,
+        repeats: bool = False,
+        before: MjpegReader | None = None,
     ) -> None:
         self._response = response
         self._parts = PartReader(boundary)
         self._frames = frames
         self._repeats = repeats
         self._waiting: list[tuple[bytes, int]] = []
-        self._last = b""
+        self._last: bytes = b"" if before is None else before._last
 
     def read(self) -> Picture | None:
         """The next picture, None when the server has ended the response."""
@@ -279,11 +286,13 @@ def mjpeg(
     ``first`` is a response that was opened already, for the first time.
     """
     ready = [] if first is None else [first]
+    before: MjpegReader | None = None
 
     def connect(frames: FrameLedger, closed: threading.Event) -> Connection:
         name = without_password(address.target)
 
         def reader() -> Reader:
+            nonlocal before
             verify = address.options.verify
             response = ready.pop() if ready else get(address.target, timeout_s, verify=verify)
             boundary = boundary_of(response.content_type)
@@ -291,7 +300,9 @@ def mjpeg(
                 response.close()
                 raise NotMjpegError(f"{name} sends {response.content_type or 'nothing'}")
             response.wait_for(timeout_s + READING_GRACE_S)
-            return MjpegReader(response, boundary, frames, repeats=address.options.repeats)
+            repeats = address.options.repeats
+            before = MjpegReader(response, boundary, frames, repeats=repeats, before=before)
+            return before
 
         try:
             return Feed(reader, frames, closed, name=name, timeout_s=timeout_s)

@@ -832,7 +832,9 @@ def test_signal_keeps_what_was_finished(bundle_folder: Path, place: Path, number
     finally:
         process.kill()
         process.wait()
-    assert (process.returncode, err) == (0, "edgeseg: stopped; what was finished is kept\n")
+    # On a slow machine lines of progress come before it.
+    assert process.returncode == 0
+    assert err.splitlines()[-1] == "edgeseg: stopped; what was finished is kept"
     assert "saved out.avi" in out
     assert names(place) == ["out.avi"] and len(video_frames(place / "out.avi")) > 1
 

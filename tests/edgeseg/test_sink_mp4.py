@@ -35,8 +35,11 @@ def read(path: Path) -> tuple[list[NDArray[np.uint8]], list[float], float]:
     """Pictures, their times in milliseconds, and the rate."""
     capture = cv2.VideoCapture(str(path))
     pictures, times = [], []
-    while (picture := capture.read()[1]) is not None:
-        pictures.append(picture)
+    while True:
+        got, picture = capture.read()
+        if not got:
+            break
+        pictures.append(np.asarray(picture, np.uint8))
         times.append(capture.get(cv2.CAP_PROP_POS_MSEC))
     assert len(pictures) == capture.get(cv2.CAP_PROP_FRAME_COUNT)
     return pictures, times, capture.get(cv2.CAP_PROP_FPS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import time
@@ -64,6 +63,10 @@ def opened(server: ServerProcess, way: Way, options: str) -> LiveSource:
     return source
 
 
+def states(source: LiveSource) -> list[str]:
+    return [status.state for status in source.history]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_killed_server_is_back(server: ServerProcess, way: Way) -> None:
     server.start()
@@ -87,9 +90,9 @@ def test_killed_server_is_back(server: ServerProcess, way: Way) -> None:
         time.sleep(0.2)
         server.kill()
         deadline = time.monotonic() + PATIENCE_S
-        while source.status.state == "live" and time.monotonic() < deadline:
+        while "reconnecting" not in states(source) and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert source.status.state in ("stalled", "reconnecting")
+        assert "reconnecting" in states(source)
         ready_s = server.start(100_000)
         assert back.wait(PATIENCE_S)
         reader.join(PATIENCE_S)
@@ -102,9 +105,7 @@ def test_killed_server_is_back(server: ServerProcess, way: Way) -> None:
         assert returned - ready_s < GENEROUS_S
         captured = [frame.captured_ns for frame in found]
         assert captured == sorted(set(captured))
-        assert source.tally.reconnects >= 1 and source.status.state == "live"
-        for before, after in itertools.pairwise(source.history):
-            assert before.state != after.state or before.reason != after.reason
+        assert source.tally.reconnects >= 1 and states(source)[-1] == "live"
 
 
 def footprint() -> tuple[int, int, int]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import random
 import threading
+import time
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -397,6 +400,72 @@ def test_feed_keeps_the_newest_only() -> None:
     connection.close()
     assert reader.closed_by == "edgeseg-reader" and not connection.hangs
     assert frames.tally().dropped == 2
+
+
+def test_feed_keeps_the_newest_whatever_comes_last() -> None:
+    readers: list[Told] = []
+
+    def make(frames: FrameLedger) -> Told:
+        readers.append(Told(frames))
+        return readers[0]
+
+    connection, frames = feed(make)
+    # The third is older than the second; the fourth came in one piece with it, and after it.
+    readers[0].order(3, 9, 5, 9)
+    deadline = threading.Event()
+    while frames.tally().received < 3:
+        assert not deadline.wait(0.001)
+    picture = connection.read(PATIENCE_S)
+    assert picture is not None and (picture.captured_ns, picture.index) == (9, 3)
+    assert (frames.tally().dropped, frames.tally().stale) == (2, 1)
+    # A clock that is years ahead: what waits here grows old all the same.
+    readers[0].order(1 << 61)
+    picture = connection.read(PATIENCE_S)
+    assert picture is not None and picture.captured_ns <= time.monotonic_ns()
+    connection.close()
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_broken_stream_is_forgotten_at_once(opens: bool) -> None:
+    # Not only when the garbage collector comes by: with it go whole pictures.
+    def make(frames: FrameLedger) -> Told:
+        if not opens:
+            raise SourceError("nobody answers")
+        reader = Told(frames)
+        reader.order(1, SourceError("it broke"))
+        return reader
+
+    def lost() -> weakref.ref[Feed]:
+        source: LiveSource | None = None
+        feeds: list[Feed] = []
+
+        def connect(frames: FrameLedger, closed: threading.Event) -> Connection:
+            feeds.append(
+                Feed(lambda: make(frames), frames, closed, name="it", timeout_s=PATIENCE_S)
+            )
+            return feeds[0]
+
+        with pytest.raises(SourceError, match="nobody answers|it broke") as raised:
+            source = LiveSource("it", connect, name="it", reconnect_s=0)
+            list(source)
+        found = [weakref.ref(feed) for feed in feeds]
+        if source is not None:
+            source.close()
+        del raised
+        return found[0] if found else weakref.ref(Feed.__new__(Feed))
+
+    gc.collect()
+    gc.disable()
+    try:
+        gone = lost()
+        before = len(gc.get_objects())
+        assert gone() is None
+        for _ in range(20):
+            lost()
+        # A feed that stays keeps some fifty objects.
+        assert len(gc.get_objects()) - before < 200
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("error", [SourceError("it broke"), MemoryError("none left")])

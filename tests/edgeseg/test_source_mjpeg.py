@@ -384,6 +384,25 @@ def test_damaged_and_repeated_pictures_are_left_out(server: Server) -> None:
     assert len(source.notes) == 2
 
 
+def test_repeats_are_known_after_a_reconnect(server: Server) -> None:
+    # A camera that hangs may take new connections, and send each of them its last picture.
+    with opened(server, f"{server.address}/video") as source:
+        frames = iter(source)
+        server.picture(jpeg(10))
+        assert next(frames).index == 0
+        server.kill()
+        server.start()
+        found: list[Frame] = []
+        reader = threading.Thread(target=lambda: found.append(next(frames)))
+        reader.start()
+        server.wait_connected()
+        server.picture(jpeg(10))
+        server.picture(jpeg(200))
+        reader.join(PATIENCE_S)
+        assert [round(level(frame)) for frame in found] == [200]
+        assert (source.tally.stale, source.tally.reconnects) == (1, 1)
+
+
 def test_repeats_where_they_are_allowed(server: Server) -> None:
     with opened(server, f"{server.address}/video?repeats=1") as source:
         frames = iter(source)

@@ -245,6 +245,8 @@ _TEXT_CHANGES: tuple[Callable[[Random, str], str], ...] = (
 
 # --- Protocol Buffers
 
+_LARGEST = 1 << 22
+
 #: number, wire type, value
 _Part = tuple[int, int, "int | bytes"]
 
@@ -255,7 +257,9 @@ def mutated_protobuf(rng: Random, corpus: Sequence[bytes]) -> bytes:
         return mutated_bytes(rng, corpus)
     data = rng.choice(corpus)
     for _ in range(_few(rng)):
-        data = _with_changed_field(rng, data, rng.choice((0, 1, 2, 2, 3, 3, 4, 5)), corpus)
+        changed = _with_changed_field(rng, data, rng.choice((0, 1, 2, 2, 3, 3, 4, 5)), corpus)
+        # A thousand times a thousand times the same is as much for the fuzzer as for the fuzzed.
+        data = changed if len(changed) <= _LARGEST else data
     if rng.random() < 0.2:
         # Lengths that no longer fit.
         data = mutated_bytes(rng, [data], times=1)
@@ -285,7 +289,8 @@ def _with_changed_field(rng: Random, data: bytes, depth: int, corpus: Sequence[b
     if what == 0:
         del parts[index]
     elif what == 1:
-        parts[index:index] = [parts[index]] * rng.choice((1, 1, 2, 70, 1000))
+        size = 1 if isinstance(value, int) else len(value) + 1
+        parts[index:index] = [parts[index]] * min(rng.choice((1, 1, 2, 70, 1000)), _LARGEST // size)
     elif what == 2:
         other = rng.randrange(len(parts))
         parts[index], parts[other] = parts[other], parts[index]
