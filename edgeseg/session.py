@@ -84,7 +84,7 @@ class _Outputs:
     """Where the results of one source go."""
 
     direct: list[Sink] = field(default_factory=list)
-    saved: list[tuple[Target, Sink, Outlet]] = field(default_factory=list)
+    saved: list[tuple[Target, Outlet]] = field(default_factory=list)
 
 
 class Session:
@@ -160,7 +160,7 @@ class Session:
                     self._stopped = True
             streams.close()
             failures = [
-                outlet for each in outputs.values() for *_, outlet in each.saved if outlet.error
+                outlet for each in outputs.values() for _, outlet in each.saved if outlet.error
             ]
             if failures and not self._has_output(outputs):
                 raise failures[0].error or SinkError("an output failed")
@@ -192,7 +192,7 @@ class Session:
 
     @staticmethod
     def _write(outputs: _Outputs, result: AnyResult, ledger: Ledger) -> None:
-        for *_, outlet in outputs.saved:
+        for _, outlet in outputs.saved:
             outlet.write(result)
         for sink in outputs.direct:
             started_ns = time.perf_counter_ns()
@@ -204,7 +204,7 @@ class Session:
         every = outputs.values()
         asked = any(each.direct or each.saved for each in every)
         alive = any(
-            each.direct or any(not outlet.error for *_, outlet in each.saved) for each in every
+            each.direct or any(not outlet.error for _, outlet in each.saved) for each in every
         )
         return alive or not asked
 
@@ -239,7 +239,7 @@ class Session:
             )
             stack.enter_context(_on_its_own(outlet))
             self._outlets.append(outlet)
-            outputs.saved.append((target, sink, outlet))
+            outputs.saved.append((target, outlet))
 
     def _serve(self, stack: ExitStack, page: Page, outputs: Mapping[str, _Outputs]) -> None:
         """Opens the web page and lets the machine be watched for it."""
@@ -306,11 +306,11 @@ class Session:
         return SourceOutcome(
             name=name,
             summary=self._streams.ledgers[name].summary(),
-            notes=(*source.notes, *(note for _, sink, _ in outputs.saved for note in sink.notes)),
+            notes=(*source.notes, *(note for _, outlet in outputs.saved for note in outlet.notes)),
             # A live stream is nothing that stays.
             saved=tuple(
                 target.shown
-                for target, _, outlet in outputs.saved
+                for target, outlet in outputs.saved
                 if outlet.stats.written and not outlet.error and target.kind in _KEPT
             ),
             error=None if error is None else str(error),
@@ -334,6 +334,10 @@ class _Timed(Sink):
     def __init__(self, sink: Sink, ledger: Ledger) -> None:
         self._sink = sink
         self._ledger = ledger
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._sink.notes
 
     @property
     def stopped(self) -> bool:

@@ -328,6 +328,9 @@ class _Fusion:
         kernel = self._graph.shapes.get(node.inputs[1])
         if source is None or output is None or kernel is None:
             return layer
+        if min((*source, *output, *kernel), default=1) < 0:
+            # A size that the file leaves open.
+            return layer
         if node.op_type in ("Gemm", "MatMul"):
             depth = source[-1] if node.op_type == "MatMul" else math.prod(source) // output[0]
             rows, columns = math.prod(output[:-1]), output[-1]

@@ -129,6 +129,9 @@ class _Shapes(GraphReader):
             return None
         rank = len(shape) + len(axes)
         new = {axis % rank for axis in axes}
+        if len(new) < len(axes):
+            # One of them comes twice.
+            return None
         old = iter(shape)
         return tuple(1 if axis in new else next(old) for axis in range(rank))
 

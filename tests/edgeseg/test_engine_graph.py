@@ -292,3 +292,12 @@ def test_a_tensor_of_a_million_axes() -> None:
     graph = onnx.helper.make_graph([], "g", [], [], [tensor])
     with pytest.raises(BundleError, match="is not a whole ONNX file"):
         Graph.read(onnx.helper.make_model(graph).SerializeToString())
+
+
+def test_an_axis_that_is_new_twice() -> None:
+    from edgeseg.estimate.shapes import read_graph
+
+    nodes = [onnx.helper.make_node("Unsqueeze", ["x"], ["y"], axes=[0, 0])]
+    inputs = [onnx.helper.make_tensor_value_info("x", 1, [2, 3])]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", inputs, []))
+    assert "y" not in read_graph(model.SerializeToString()).shapes

@@ -203,6 +203,18 @@ def test_depthwise_and_transposed_convolutions() -> None:
     assert second.write_bytes == 4 * 4 * 16 * 16
 
 
+def test_a_size_that_is_left_open_is_never_negative() -> None:
+    nodes = [node("MatMul", "x w", "y"), node("Conv", "y k", "z")]
+    tensors = [onnx.helper.make_tensor(name, 1, shape, np.zeros(shape).ravel())
+               for name, shape in (("w", (8, 8)), ("k", (4, 4, 1, 1)))]  # fmt: skip
+    inputs = [onnx.helper.make_tensor_value_info("x", 1, [1, 4, None, 8])]
+    graph = onnx.helper.make_graph(nodes, "g", inputs, [], tensors)
+    content = onnx.helper.make_model(graph).SerializeToString()
+    assert read_graph(content).shapes["z"] == (1, 4, -1, 8)
+    network = Network.read(content)
+    assert network.macs == 0 and all(layer.bytes >= 0 for layer in network.layers)
+
+
 def test_damaged_bytes() -> None:
     content = Bundle.open("streets").model.content
     with pytest.raises(BundleError, match="not a whole ONNX file"):

@@ -19,6 +19,9 @@ import pytest
 from edgeseg.errors import SourceError
 from edgeseg.frame import Frame
 from edgeseg.source import Backoff, LiveSource, open_source, quiet_opencv
+from edgeseg.source import opening as opening_module
+from edgeseg.source.gstreamer import has_element
+from edgeseg.source.opencv import has_backend
 from edgeseg.streams import Streams
 from tests.edgeseg.faults import Fault, FaultyCamera, WorldClock, lying_avi
 from tests.edgeseg.faults import number_in as camera_number_in
@@ -379,6 +382,38 @@ def test_tls_with_somebody_who_does_not_speak_it(
         with pytest.raises(SourceError, match=message):
             open_source(f"{server.address.replace('http:', 'https:')}/video?timeout=0.5")
         assert time.monotonic() - started < 4.0
+
+
+@pytest.mark.parametrize("through", ["GStreamer", "OpenCV"])
+@pytest.mark.parametrize(
+    "act",
+    [
+        silent,
+        says(),
+        says(b"RTSP/1.0 200 OK\r\nCSe", hold=True),
+        says(b"RTSP/1.0 404 Not Found\r\nCSeq: 1\r\n\r\n"),
+        says(b"HTTP/1.1 400 Bad Request\r\n\r\n"),
+        drips(b"RTSP/1.0 200 OK\r\n" + b"X: y\r\n" * 10_000),
+        resets(b"RTSP/1.0 2"),
+    ],
+)
+def test_rtsp_with_somebody_who_does_not_speak_it(
+    act: Callable[[Script, socket.socket], None], through: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if through == "GStreamer" and not has_element("rtspsrc"):
+        pytest.skip("GStreamer and its rtspsrc are not here")
+    if through == "OpenCV":
+        if not has_backend(cv2.CAP_FFMPEG):
+            pytest.skip("this OpenCV has no FFmpeg")
+        monkeypatch.setattr(opening_module, "has_element", lambda name: False)
+    with script(act) as server:
+        started = time.monotonic()
+        address = server.address.replace("http:", "rtsp:")
+        with pytest.raises(SourceError) as raised:
+            list(open_source(f"{address}/camera?timeout=0.5"))
+        # To open it, with what is given to a driver for it, and to wait for a frame; twice that.
+        assert time.monotonic() - started < 8.0
+        assert "\n" not in str(raised.value)
 
 
 # --- files
