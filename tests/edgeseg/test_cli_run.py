@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -121,3 +126,71 @@ def test_signal_keeps_what_was_finished(bundle_folder: Path, place: Path, number
         capture.release()
         assert found and np.asarray(picture).shape == (48, 64, 3)
     assert "synthetic-2: saved out-synthetic-2.avi" in out
+
+
+def test_page_of_a_run(bundle_folder: Path, place: Path) -> None:
+    pytest.importorskip("aiohttp")
+    pytest.importorskip("prometheus_client")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgeseg", "run", str(bundle_folder), "--source",
+         "synthetic:?size=48x64&frames=0&live=1", "--save", "log.jsonl", "--serve", "127.0.0.1:0",
+         "--recordings", "clips", "--token", "only-for-me", "--json", "x.json"],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )  # fmt: skip
+
+    def asked(path: str, token: str = "only-for-me") -> bytes:
+        request = urllib.request.Request(
+            f"{where}{path}", headers={"Authorization": f"Bearer {token}"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return bytes(answer.read())
+
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        found = re.fullmatch(r"edgeseg: open (http://127.0.0.1:\d+)/\?token=only-for-me .*\n", line)
+        assert found is not None, line
+        where = found[1]
+        deadline = time.monotonic() + 60
+        while not (stats := json.loads(asked("/stats.json")))["outlets"][0]["written"]:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        assert stats["sources"][0]["status"]["state"] == "live"
+        assert stats["outlets"][0]["name"] == "log.jsonl"
+        assert stats["outlets"][0]["policy"] == "drop" and stats["reading"]["rss_mb"] > 10
+        assert b'edgeseg_masks_total{source="synthetic"}' in asked("/metrics")
+        assert asked("/snapshot/synthetic/overlay.png").startswith(b"\x89PNG")
+        with pytest.raises(urllib.error.HTTPError, match=r"401|403"):
+            asked("/stats.json", "not-for-me")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0
+    assert err.splitlines()[-1] == "edgeseg: stopped; what was finished is kept"
+    lines = (place / "log.jsonl").read_text().splitlines()
+    figures = json.loads((place / "x.json").read_text())
+    assert len(lines) == figures["outlets"][0]["written"] > 0
+
+
+@pytest.mark.parametrize("option", [("--token", "x"), ("--recordings", "x")])
+def test_options_of_a_page_need_one(
+    option: tuple[str, str], bundle_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(bundle_folder), "--source", STREET, *option]) == 2
+    assert "add --serve" in capsys.readouterr().err
+
+
+def test_several_outputs_of_several_sources(bundle_folder: Path, place: Path) -> None:
+    arguments = ["run", str(bundle_folder), "--source", STREET, "--source", OTHER]
+    saves = ["--save", str(place / "log.jsonl?shapes=none"), "--save", str(place / "out.avi")]
+    assert main([*arguments, *saves]) == 0
+    lines = [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
+    assert Counter(line["source"] for line in lines) == {"synthetic": 6, "synthetic-2": 4}
+    assert names(place) == ["log.jsonl", "out-synthetic-2.avi", "out-synthetic.avi"]
+    assert not any(thread.name.startswith("edgeseg") for thread in threading.enumerate())
