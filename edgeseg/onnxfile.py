@@ -46,6 +46,7 @@ __all__ = [
     "Head",
     "MaskHead",
     "OnnxFile",
+    "damaged",
 ]
 
 #: bytes of the largest model there can be: Protocol Buffers count a message in 31 bits
@@ -552,10 +553,15 @@ class OnnxFile:
             raise self._damaged() from error
 
     def _damaged(self) -> BundleError:
-        return BundleError(
-            f"{self.name} is not a whole ONNX file: it is damaged, cut short, or something else; "
-            "export or copy it again"
-        )
+        return damaged(self.name)
+
+
+def damaged(name: str) -> BundleError:
+    """The error for bytes, called ``name``, that are no whole ONNX file."""
+    return BundleError(
+        f"{name} is not a whole ONNX file: it is damaged, cut short, or something else; "
+        "export or copy it again"
+    )
 
 
 def _rewritten(model: list[Field], graph: list[Field]) -> bytes:

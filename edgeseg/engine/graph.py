@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from edgeseg.errors import BundleError
-from edgeseg.onnxfile import DOMAIN
+from edgeseg.onnxfile import DOMAIN, damaged
 from edgeseg.protobuf import BYTES, VARINT, Buffer, fields, floats_of, integers_of, text_of
 
 __all__ = ["Constant", "Graph", "GraphReader", "Node", "Precision", "Shape"]
@@ -103,10 +102,7 @@ class Graph:
         try:
             return GraphReader(content).graph()
         except (LookupError, ValueError, ArithmeticError, struct.error) as error:
-            raise BundleError(
-                f"{name} is not a whole ONNX file: it is damaged, cut short, or something else; "
-                "export or copy it again"
-            ) from error
+            raise damaged(name) from error
 
     def precisions(self) -> dict[str, Precision]:
         """Node with weights -> precision that the graph asks for; unnamed nodes are left out.

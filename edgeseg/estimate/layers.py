@@ -17,7 +17,7 @@ from typing import Literal
 
 from edgeseg.engine.graph import Graph, Node, Precision
 from edgeseg.estimate.shapes import read_graph
-from edgeseg.onnxfile import DOMAIN
+from edgeseg.onnxfile import DOMAIN, damaged
 
 __all__ = ["Kind", "Layer", "Network", "Wanted"]
 
@@ -132,7 +132,12 @@ class Network:
         fused: bool = True,
     ) -> Network:
         """The kernels of the ONNX model ``content``; BundleError when it is damaged."""
-        return _Fusion(read_graph(content, name), precision, fused=fused).network()
+        graph = read_graph(content, name)
+        try:
+            return _Fusion(graph, precision, fused=fused).network()
+        except (LookupError, ValueError, ArithmeticError) as error:
+            # Nodes with fewer inputs, or tensors with fewer axes, than their operator has.
+            raise damaged(name) from error
 
 
 class _Kernel:

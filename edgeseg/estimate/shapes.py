@@ -12,8 +12,7 @@ import struct
 from collections.abc import Callable
 
 from edgeseg.engine.graph import Graph, GraphReader, Node, Shape
-from edgeseg.errors import BundleError
-from edgeseg.onnxfile import DOMAIN, MASK_HEAD
+from edgeseg.onnxfile import DOMAIN, MASK_HEAD, damaged
 
 __all__ = ["read_graph"]
 
@@ -29,10 +28,7 @@ def read_graph(content: bytes, name: str = "the model") -> Graph:
     try:
         return _Shapes(content).graph()
     except (LookupError, ValueError, ArithmeticError, struct.error) as error:
-        raise BundleError(
-            f"{name} is not a whole ONNX file: it is damaged, cut short, or something else; "
-            "export or copy it again"
-        ) from error
+        raise damaged(name) from error
 
 
 class _Shapes(GraphReader):

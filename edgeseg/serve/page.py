@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,10 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["WebPage"]
 
-# Encoding, figures, and two for disks that hang.
+# Encoding, figures, and two for disks that hang. Of normal priority: a thread that is starved while
+# it holds Python's lock would stop the pipeline's, which was measured to cost more than it gave.
 _THREADS = 4
-# What the page computes yields to the network: nice 10 gets a tenth of a contested core.
-_NICE = 10
 _START_S, _END_S = 10.0, 20.0
 
 
@@ -40,9 +37,9 @@ class WebPage:
     ``address``: see `WebAddress.parse`. ``stats``: gives the figures, called from another thread,
     at most twice a second and only while somebody looks. ``names``: of the sources. ``legend``:
     class -> (red, green, blue), 0-255. ``fps``: pictures per second at most, per source and view.
-    ``opacity`` of the overlay, also in recordings, which have a legend in the picture with
-    ``recording_legend``. ``recordings``: the folder for them, made if it is not there; None: there
-    are none. ``max_clients``: viewers at most.
+    ``opacity`` of the overlay, also in recordings; with ``recording_legend`` these have a legend in
+    the picture, which takes longer to draw than all the rest of it. ``recordings``: the folder for
+    them, made if it is not there; None: there are none. ``max_clients``: viewers at most.
 
     On a loopback address the page is open to every program of this machine. At any other one each
     request has to bring ``token``, which is made where None came, and `warning` says what that
@@ -69,7 +66,7 @@ class WebPage:
         recordings: Path | None = None,
         fps: float = 15.0,
         opacity: float = 0.5,
-        recording_legend: bool = True,
+        recording_legend: bool = False,
         max_clients: int = 16,
     ) -> None:
         _check(names, fps, opacity, max_clients)
@@ -79,9 +76,7 @@ class WebPage:
         if token is not None:
             Access(token, "edgeseg")
         self._feeds = {name: Feed(name) for name in names}
-        files = Recordings(
-            recordings, opacity=opacity, legend=recording_legend, prepare_thread=_yield_to_network
-        )
+        files = Recordings(recordings, opacity=opacity, legend=recording_legend)
         self._closing = threading.Lock()
         self._closed = False
         sockets = asked.listen()
@@ -94,9 +89,7 @@ class WebPage:
             self._token = token
             self._host = _shown_host(asked.host, where, self._open)
             access = Access(token, f"edgeseg_{self._port}", frozenset({asked.host.lower()} - {""}))
-            self._pool = ThreadPoolExecutor(
-                _THREADS, "edgeseg-serve", initializer=_yield_to_network
-            )
+            self._pool = ThreadPoolExecutor(_THREADS, "edgeseg-serve")
             site = site_type(
                 stats=stats,
                 feeds=self._feeds,
@@ -276,10 +269,3 @@ def _shown_host(asked: str, bound: Sequence[str], is_open: bool) -> str:
     if host in ("", "0.0.0.0", "::"):
         host = reachable_host() if is_open else bound[0]
     return f"[{host}]" if ":" in host else host
-
-
-def _yield_to_network() -> None:
-    """Lowers the priority of the calling thread, where threads have one of their own."""
-    if sys.platform == "linux":
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

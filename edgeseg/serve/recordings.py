@@ -9,7 +9,6 @@ import shutil
 import threading
 import time
 import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +133,7 @@ class Recordings:
     """The recordings of one folder, running and finished; one at most per source runs.
 
     ``folder`` None: there are none, and `start` says so. ``reserve`` bytes of its disk are never
-    written: recordings end when no more are left. ``look``: keyword arguments of `VideoSink`.
+    written: recordings end when no more are left. ``opacity`` and ``legend`` are `VideoSink`'s.
     Every method may be called from any thread, and may wait for the disk.
     """
 
@@ -144,14 +143,12 @@ class Recordings:
         *,
         reserve: int = 500_000_000,
         opacity: float = 0.5,
-        legend: bool = True,
-        prepare_thread: Callable[[], None] | None = None,
+        legend: bool = False,
     ) -> None:
         self._folder = None if folder is None else folder.expanduser()
         self._reserve = reserve
         self._opacity = opacity
         self._legend = legend
-        self._prepare_thread = prepare_thread
         self._lock = threading.Lock()
         self._running: dict[str, Recording] = {}
         self._notes: dict[str, str] = {}
@@ -211,8 +208,7 @@ class Recordings:
             name = _free_name(folder, source)
             rate = min(fps or _USUAL_FPS, _HIGHEST_FPS)
             video = VideoSink(folder / name, fps=rate, opacity=self._opacity, legend=self._legend)
-            sink = _Prepared(video, self._prepare_thread)
-            recording = Recording(name, source, sink, _part_of(folder, name), rate)
+            recording = Recording(name, source, video, _part_of(folder, name), rate)
             self._running[source] = recording
             self._notes.pop(source, None)
             return recording
@@ -274,26 +270,6 @@ class Recordings:
             f"The disk of the recordings has less than {self._reserve / 1e6:.0f} MB left; "
             "make room, or choose another folder."
         )
-
-
-class _Prepared(Sink):
-    """A sink whose thread is prepared before its first result."""
-
-    def __init__(self, sink: Sink, prepare: Callable[[], None] | None) -> None:
-        self._sink = sink
-        self._prepare = prepare
-
-    def write(self, result: Result) -> None:
-        if self._prepare is not None:
-            self._prepare()
-            self._prepare = None
-        self._sink.write(result)
-
-    def close(self) -> None:
-        self._sink.close()
-
-    def abort(self) -> None:
-        self._sink.abort()
 
 
 class _Ticked:

@@ -215,6 +215,16 @@ def test_a_size_that_is_left_open_is_never_negative() -> None:
     assert network.macs == 0 and all(layer.bytes >= 0 for layer in network.layers)
 
 
+def test_a_convolution_with_a_kernel_of_one_axis() -> None:
+    tensors = [onnx.helper.make_tensor("k", 1, [3], [1.0, 2.0, 3.0])]
+    inputs = [onnx.helper.make_tensor_value_info("x", 1, [1, 4, 8, 8])]
+    outputs = [onnx.helper.make_tensor_value_info("y", 1, [1, 3, 8, 8])]
+    nodes = [node("ConvTranspose", "x k", "y")]
+    graph = onnx.helper.make_graph(nodes, "g", inputs, outputs, tensors)
+    with pytest.raises(BundleError, match="is not a whole ONNX file"):
+        Network.read(onnx.helper.make_model(graph).SerializeToString())
+
+
 def test_damaged_bytes() -> None:
     content = Bundle.open("streets").model.content
     with pytest.raises(BundleError, match="not a whole ONNX file"):
