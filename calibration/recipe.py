@@ -101,7 +101,7 @@ class QuantizationRecipe:
                     raise TypeError(f"finetune is {finetune!r}, and a table [finetune] is wanted")
                 finetune = Finetuning(**_fitting(Finetuning, finetune))
             return cls(**_fitting(cls, given), finetune=finetune)
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise RequestError(f"{name} does not fit: {error}") from error
 
     def to_dict(self) -> dict[str, object]:

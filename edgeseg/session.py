@@ -266,7 +266,6 @@ class Session:
                 token=page.token,
                 recordings=page.recordings,
                 opacity=look.opacity,
-                recording_legend=look.legend,
             )
         )
         for name, source in self._sources.items():

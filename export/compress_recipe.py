@@ -175,7 +175,7 @@ class CompressionRecipe:
             )
         except RequestError:
             raise
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise RequestError(f"{name} does not fit: {error}") from error
 
 

@@ -181,7 +181,9 @@ class Recipe:
                 table["layers"] = tuple(tuple(pair) for pair in table.get("layers", ()))
                 values["distillation"] = Distillation(**table)
             return cls(sources=sources or own, **values)
-        except TypeError as error:
+        except RequestError:
+            raise
+        except (TypeError, ValueError, OverflowError) as error:
             raise RequestError(f"{name} does not fit: {error}") from error
 
     @classmethod

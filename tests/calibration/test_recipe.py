@@ -17,6 +17,8 @@ from edgeseg.errors import RequestError
 RECIPES = Path(calibration.__file__).parent / "recipes"
 
 WRONG: dict[str, tuple[str, str]] = {
+    "a number without end": ("percentile = 1" + "0" * 400, "int too large to convert to float"),
+    "levels without end": ("floats = " + "[" * 50_000, "it has too many levels"),
     "an unknown key": ('range = "mse"', "it says range, and knows ranges, percentile"),
     "an unknown key of the table": ("[finetune]\nstep = 3", "it says step, and knows steps"),
     "no TOML": ("ranges = ", "is not valid TOML"),
