@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -69,6 +68,9 @@ def refine_borders(
 
 def _near_borders(class_map: NDArray[np.uint8], step: tuple[int, int]) -> NDArray[np.int64]:
     """Positions in the flat ``class_map`` that have another class close by."""
+    # Here, so that kernels and their tests have this module where there is no OpenCV.
+    import cv2
+
     rows, columns = (_uncertain(side) for side in step)
     window = np.ones((2 * rows + 1, 2 * columns + 1), np.uint8)
     # Outside of the picture there is no class; OpenCV's border for these two is just that.

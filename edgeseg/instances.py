@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NoReturn, TypedDict
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.draw import draw_instances
 from edgeseg.errors import RequestError
 from edgeseg.frame import Frame, Pixels
 from edgeseg.framemasks import FrameMasks
@@ -168,6 +166,9 @@ class InstanceResult:
 
         Outer borders only, by ``cv2.findContours``; an instance that covers no pixel has none.
         """
+        # Here, so that kernels and their tests have this class where there is no OpenCV.
+        import cv2
+
         found = []
         for index in range(len(self)):
             top, left, mask = self.frame_masks.window(index)
@@ -310,6 +311,9 @@ class InstanceResult:
         lower score than ``least_score`` are not drawn: a network gives many of which it is not
         sure, for whoever wants to choose.
         """
+        # Here, so that kernels and their tests have this class where there is no OpenCV.
+        from edgeseg.draw import draw_instances
+
         shown = np.flatnonzero(self.scores >= least_score)
         return draw_instances(
             self.frame.pixels,

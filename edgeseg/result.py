@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.borders import border_step, refine_borders
-from edgeseg.draw import draw_classes
 from edgeseg.errors import RequestError
 from edgeseg.frame import Frame, Pixels
 from edgeseg.geometry import Geometry
@@ -174,6 +173,9 @@ class SemanticResult:
         ``opacity`` 0 shows the frame alone, 1 the classes alone. ``legend`` adds the names of the
         classes that are in the picture.
         """
+        # Here, so that kernels and their tests have this class where there is no OpenCV.
+        from edgeseg.draw import draw_classes
+
         return draw_classes(
             self.frame.pixels,
             self.class_map,

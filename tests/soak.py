@@ -585,7 +585,7 @@ class Record:
     old: int
     reconnects: int
     sums: tuple[str, ...]
-    rss_mb: tuple[float, float]
+    rss_mb: tuple[float, ...]
     before: Footprint
     after: Footprint
     faults: dict[str, int]
@@ -595,8 +595,7 @@ class Record:
     @property
     def growth(self) -> float:
         """By which share the memory grew, from the first tenth after the warm-up to the last."""
-        first, last = self.rss_mb
-        return last / first - 1
+        return self.rss_mb[-1] / self.rss_mb[min(1, len(self.rss_mb) - 1)] - 1
 
 
 @dataclass(frozen=True)
@@ -656,7 +655,8 @@ def checks(record: Record) -> tuple[Check, ...]:
         Check(
             f"memory grows by less than {_MOST_GROWTH:.0%} after warm-up",
             record.growth < _MOST_GROWTH,
-            f"{record.rss_mb[0]:.1f} MB, then {record.rss_mb[1]:.1f} MB ({record.growth:+.2%})",
+            f"{record.growth:+.2%}; medians of tenths of the run, of which the first is the "
+            f"warm-up: {' '.join(f'{rss:.1f}' for rss in record.rss_mb)} MB",
         ),
         Check(
             "threads and descriptors back to the start",
@@ -715,12 +715,12 @@ class Watch:
         denied_ns = self.denial.denied_ns(start_ns, suspect.end_ns)
         return suspect.taken_ns - denied_ns <= suspect.limit_ns
 
-    def tenths(self, masks: int) -> tuple[float, float]:
-        """Memory in MB: medians of the first tenth after the warm-up (a tenth), and of the last."""
-        first = [rss for at, rss in self.memory if 0.1 * masks <= at < 0.2 * masks]
-        last = [rss for at, rss in self.memory if at >= 0.9 * masks]
-        found = [rss for _, rss in self.memory] or [0.0]
-        return statistics.median(first or found), statistics.median(last or found)
+    def tenths(self, masks: int) -> tuple[float, ...]:
+        """Memory in MB, the median of each tenth of the run; the first is the warm-up."""
+        samples: list[list[float]] = [[] for _ in range(10)]
+        for at, rss_mb in self.memory:
+            samples[min(10 * at // masks, 9)].append(rss_mb)
+        return tuple(round(statistics.median(found), 2) for found in samples if found)
 
     def _run(self) -> None:
         process, sampled_ns, count = psutil.Process(), 0, 0

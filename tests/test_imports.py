@@ -210,3 +210,25 @@ def test_no_engine(tmp_path: Path) -> None:
     )
     found = python("-c", code, folder=tmp_path)
     assert "no inference engine is installed; `pip install openvino`" in sentence(found)
+
+
+# --- a bare machine with a GPU
+
+
+def test_gpu_tests_need_numpy_pytest_and_torch_alone(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    files = [
+        str(path)
+        for path in sorted((root / "tests").rglob("test_*.py"))
+        if path != Path(__file__) and "pytest.mark.gpu" in path.read_text(encoding="utf-8")
+    ]
+    assert len(files) > 5
+    found = python(
+        "-m", "pytest", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu", "-q",
+        "--collect-only", "--rootdir", str(root), *files,
+        folder=tmp_path,
+        without=("cv2", "openvino", "onnxruntime", "onnx", "psutil", "aiohttp", "rich"),
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    for file in files:
+        assert f"{Path(file).name}::" in found.stdout

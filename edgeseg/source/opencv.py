@@ -103,7 +103,9 @@ def as_bgr(picture: Any) -> Pixels:
     if picture.dtype == np.uint16:
         picture = (picture >> 8).astype(np.uint8)
     if picture.ndim == 2 or picture.shape[2] == 1:
-        picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
+        # As fast as cvtColor, of which OpenCV 5 keeps 900 bytes for every thread that ever called
+        # it, and a stream that is opened anew is read by a new thread.
+        picture = cv2.merge([picture.reshape(picture.shape[:2])] * 3)
     elif picture.shape[2] == 4:
         picture = cv2.cvtColor(picture, cv2.COLOR_BGRA2BGR)
     pixels: Pixels = picture
