@@ -878,8 +878,13 @@ def _run(options: argparse.Namespace) -> int:
         content[source.name] = {**summary.to_dict(), "notes": list(source.notes)}
         if source.error is not None:
             failures[source.name] = source.error
+    for name, reason in failures.items():
+        print(
+            f"edgeseg: {name}: {reason}" if len(uris) > 1 else f"edgeseg: {reason}", file=sys.stderr
+        )
     for outlet in outcome.outlets:
         if outlet.error is not None:
+            # It was told when it happened.
             failures[outlet.name] = outlet.error
         elif outlet.dropped:
             lines.append(
@@ -895,10 +900,6 @@ def _run(options: argparse.Namespace) -> int:
         found = {**only, **found}
     else:
         found["sources"] = content
-    for name, reason in failures.items():
-        print(
-            f"edgeseg: {name}: {reason}" if len(uris) > 1 else f"edgeseg: {reason}", file=sys.stderr
-        )
     _tell(options, "\n".join(lines), found)
     return 1 if failures else 0
 

@@ -128,6 +128,7 @@ class Session:
         )
         self._outlets: list[Outlet] = []
         self._reading: Reading | None = None
+        self._told: set[str] = set()
         self._stopped = False
 
     def stats(self) -> Stats:
@@ -159,11 +160,10 @@ class Session:
                     # What is finished is kept: leaving the block in peace closes the outputs.
                     self._stopped = True
             streams.close()
-            failures = [
-                outlet for each in outputs.values() for _, outlet in each.saved if outlet.error
-            ]
-            if failures and not self._has_output(outputs):
-                raise failures[0].error or SinkError("an output failed")
+            errors = [outlet.error for outlet in self._outlets if outlet.error is not None]
+            if errors and not self._has_output(outputs):
+                raise errors[0]
+            self._tell_failures()
             return Outcome(
                 tuple(self._outcome(name, outputs[name]) for name in self._sources),
                 tuple(outlet.stats for outlet in self._outlets),
@@ -187,8 +187,16 @@ class Session:
                 return
             if not self._has_output(outputs):
                 return
+            self._tell_failures()
             # Not kept while waiting for the next: a result holds a whole frame.
             del stream
+
+    def _tell_failures(self) -> None:
+        """Says of each output once that it failed, when it does: a run may last for months."""
+        for outlet in self._outlets:
+            if outlet.error is not None and outlet.name not in self._told:
+                self._told.add(outlet.name)
+                self._tell(f"{outlet.error}; the other outputs go on")
 
     @staticmethod
     def _write(outputs: _Outputs, result: AnyResult, ledger: Ledger) -> None:

@@ -873,7 +873,7 @@ def test_output_that_fails_leaves_the_others_alone(
     monkeypatch.setattr(sink_module.VideoSink, "write", full)
     saves = ["--save", place / "out.avi", "--save", place / "log.jsonl"]
     found = run("run", bundle_folder, "--source", STREET, *saves, "--json", place / "x.json")
-    assert (found.code, found.sentence) == (1, "the disk is full")
+    assert (found.code, found.sentence) == (1, "the disk is full; the other outputs go on")
     assert len((place / "log.jsonl").read_text().splitlines()) == 6
     assert names(place) == ["log.jsonl", "x.json"]
     assert json.loads((place / "x.json").read_text())["outlets"][0]["error"] == "the disk is full"
