@@ -40,6 +40,8 @@ _SLICE_S = 0.5
 # How often the caller's loop looks up while it waits for a result, in seconds: so long a stop may
 # go unnoticed.
 _LOOK_S = 0.1
+# At how many looks in a row the engine has to be overdue.
+_OVERDUE = 5
 # How many frame sizes are remembered per source. A camera has a few; a folder of pictures may have
 # thousands.
 _SIZES = 64
@@ -135,6 +137,7 @@ class Streams:
         self._started_ns: int | None = None
         self._ended_ns: int | None = None
         self._hangs = False
+        self._overdue = 0
         self._stopping = False
         self._closed = False
         self._deadlines: tuple[float, float] | None = None
@@ -298,8 +301,16 @@ class Streams:
             self._close_source(lane)
 
     def _lose_patience(self) -> None:
-        """Raises EngineError when the engine has been busy with one call for too long."""
-        if self._in_engine_s() > self._patience_s:
+        """Raises EngineError when the engine has been busy with one call for too long.
+
+        And still is at several looks: after the whole process stood still (a debugger, a container
+        that was paused) the clock has run on, and the engine needs a moment to finish.
+        """
+        if self._in_engine_s() <= self._patience_s:
+            self._overdue = 0
+            return
+        self._overdue += 1
+        if self._overdue == _OVERDUE:
             self._hangs = True
             raise EngineError(
                 f"{self._engine.name} was to finish a frame within {self._patience_s:g} seconds, "

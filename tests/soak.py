@@ -83,6 +83,7 @@ SINK_FAULTS: tuple[SinkFault, ...] = (
 )  # fmt: skip
 
 _SLICE_S = 0.05
+_ROOM = 144_000
 # What was denied before a picture was taken leaves others that it has to wait for, in seconds.
 _BACKLOG_S = 0.5
 _SAMPLE_S = 0.5
@@ -94,6 +95,9 @@ _ENDING_S = 5.0
 # Of how many suspects the details are kept.
 _DETAILS = 8
 _MOST_GROWTH = 0.01
+# Tenths of a run in which all that is bounded becomes full: the latest hundred states of each
+# source need a hundred losses of it.
+_WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -159,26 +163,29 @@ class Denial:
     """How long this process was denied a processor; the module's docstring says what that means."""
 
     def __init__(self) -> None:
-        self._times = array("q")
-        self._ran = array("q")
-        self._queued = array("q")
+        # Written once now, so that the process does not grow by what is measured of it.
+        self._times, self._ran, self._queued = (array("q", bytes(8 * _ROOM)) for _ in range(3))
+        self._count = 0
         self._total_ns = 0
         self._before: dict[str, int] = _queued_ns()
         self.sample()
 
     def sample(self) -> None:
-        """To be called every 50 ms."""
+        """To be called every 50 ms, for two hours at most."""
         queued = _queued_ns()
         self._total_ns += sum(ns - self._before.get(task, 0) for task, ns in queued.items())
         self._before = queued
-        self._ran.append(time.process_time_ns())
-        self._queued.append(self._total_ns)
-        self._times.append(time.monotonic_ns())
+        if self._count < _ROOM:
+            self._ran[self._count] = time.process_time_ns()
+            self._queued[self._count] = self._total_ns
+            self._times[self._count] = time.monotonic_ns()
+            self._count += 1
 
     def denied_ns(self, start_ns: int, end_ns: int) -> int:
         """From one time to another, rounded up to whole samples; 0 where the kernel is silent."""
-        before = max(bisect.bisect_right(self._times, start_ns) - 1, 0)
-        after = min(bisect.bisect_left(self._times, end_ns), len(self._times) - 1)
+        before = max(bisect.bisect_right(self._times, start_ns, hi=self._count) - 1, 0)
+        after = bisect.bisect_left(self._times, end_ns, hi=self._count)
+        after = min(after, self._count - 1)
         queued_ns = self._queued[after] - self._queued[before]
         idle_ns = self._times[after] - self._times[before] - (self._ran[after] - self._ran[before])
         return max(min(queued_ns, idle_ns), 0)
@@ -186,7 +193,7 @@ class Denial:
     @property
     def share(self) -> float:
         """Of all the time, what was denied."""
-        first, last = self._times[0], self._times[-1]
+        first, last = self._times[0], self._times[self._count - 1]
         return self.denied_ns(first, last) / max(last - first, 1)
 
 
@@ -595,7 +602,7 @@ class Record:
     @property
     def growth(self) -> float:
         """By which share the memory grew, from the first tenth after the warm-up to the last."""
-        return self.rss_mb[-1] / self.rss_mb[min(1, len(self.rss_mb) - 1)] - 1
+        return self.rss_mb[-1] / self.rss_mb[min(_WARM_UP, len(self.rss_mb) - 1)] - 1
 
 
 @dataclass(frozen=True)
@@ -655,7 +662,7 @@ def checks(record: Record) -> tuple[Check, ...]:
         Check(
             f"memory grows by less than {_MOST_GROWTH:.0%} after warm-up",
             record.growth < _MOST_GROWTH,
-            f"{record.growth:+.2%}; medians of tenths of the run, of which the first is the "
+            f"{record.growth:+.2%}; medians of tenths of the run, of which {_WARM_UP} are the "
             f"warm-up: {' '.join(f'{rss:.1f}' for rss in record.rss_mb)} MB",
         ),
         Check(
@@ -716,7 +723,7 @@ class Watch:
         return suspect.taken_ns - denied_ns <= suspect.limit_ns
 
     def tenths(self, masks: int) -> tuple[float, ...]:
-        """Memory in MB, the median of each tenth of the run; the first is the warm-up."""
+        """Memory in MB, the median of each tenth of the run."""
         samples: list[list[float]] = [[] for _ in range(10)]
         for at, rss_mb in self.memory:
             samples[min(10 * at // masks, 9)].append(rss_mb)
@@ -981,12 +988,14 @@ def _spread(values: np.ndarray[Any, np.dtype[np.float32]]) -> dict[str, float]:
 def give_memory_back() -> None:
     """Has glibc give large blocks back to the system at once, for the life of this process.
 
-    It keeps them otherwise, as many as there were threads that ever had one, and memory that is
-    kept by the allocator hides what is kept by the program.
+    It keeps them otherwise, as many as there were threads that ever had one, and small ones in as
+    many heaps: what is kept by the allocator hides what is kept by the program.
     """
     with suppress(OSError, AttributeError):
-        # M_MMAP_THRESHOLD of malloc.h.
-        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)
+        libc = ctypes.CDLL("libc.so.6")
+        # M_MMAP_THRESHOLD and M_ARENA_MAX of malloc.h.
+        libc.mallopt(-3, 1 << 18)
+        libc.mallopt(-8, 1)
 
 
 def summary(record: Record) -> str:

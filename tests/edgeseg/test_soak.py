@@ -78,7 +78,7 @@ FOOTPRINT = Footprint(2, 5, 6)
         ({"made_up": 1}, "real pictures, and their own masks"),
         ({"wrong_masks": 1}, "real pictures, and their own masks"),
         ({"sums": ("camera 1 gave 5 pictures and 4 came",)}, "every frame accounted for"),
-        ({"rss_mb": (50.0, 100.0, 200.0, 101.0)}, TAKES_MINUTES),
+        ({"rss_mb": (50.0, 60.0, 70.0, 100.0, 200.0, 101.0)}, TAKES_MINUTES),
         ({"after": replace(FOOTPRINT, threads=3)}, "threads and descriptors back to the start"),
         (
             {"after": replace(FOOTPRINT, native_threads=6)},
@@ -92,7 +92,7 @@ FOOTPRINT = Footprint(2, 5, 6)
 )  # fmt: skip
 def test_each_check_fails_alone(record: Record, change: Mapping[str, object], name: str) -> None:
     good = replace(
-        record, before=FOOTPRINT, after=FOOTPRINT, rss_mb=(50.0, 100.0, 200.0, 100.9),
+        record, before=FOOTPRINT, after=FOOTPRINT, rss_mb=(50.0, 60.0, 70.0, 100.0, 200.0, 100.9),
         crashes=(), silent=(), stale_found=2, stale_explained=2, sums=(), sinks=(),
         faults={"freeze": 1}, ending_s=0.1, repeated=0, disordered=0, made_up=0, wrong_masks=0,
     )  # fmt: skip
@@ -257,9 +257,11 @@ def test_pause_of_a_camera_that_gives_pictures_is_seen() -> None:
 def denial(queued_ms: int, ran_ms: int) -> Denial:
     """One whose threads stood and ran so long in each 50 ms, from 0 to 5 seconds."""
     found = Denial()
-    for series, step_ms in ((found._times, 50), (found._ran, ran_ms), (found._queued, queued_ms)):
-        del series[:]
-        series.extend(step_ms * MS * step for step in range(101))
+    found._count = 101
+    for step in range(found._count):
+        found._times[step] = 50 * MS * step
+        found._ran[step] = ran_ms * MS * step
+        found._queued[step] = queued_ms * MS * step
     return found
 
 
