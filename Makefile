@@ -52,6 +52,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_start.py --json benchmarks/results/start.json
 	$(BIN)/python benchmarks/bench_mask_assembly.py --json benchmarks/results/mask_assembly.json
 	$(BIN)/python benchmarks/bench_instance_end_to_end.py --json benchmarks/results/instance_end_to_end.json
+	$(BIN)/python benchmarks/bench_serve.py --json benchmarks/results/serve.json
 
 # Pruning, distillation and INT8, step by step: needs CamVid as the folder camvid, and hours.
 bench-compression: $(VENV)/.dev
