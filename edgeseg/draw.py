@@ -115,7 +115,7 @@ def _add_legend(
     """Draws the panel into ``picture``, in place; nothing where the picture is too small."""
     height, width = class_map.shape
     row = max(_SMALLEST_ROW, round(height * _ROW_SHARE))
-    margin = max(row // 2, 2)
+    margin = _margin(row)
     rows = (height - 3 * margin) // row
     text_width = _widest(tuple(names), row)
     column = text_width + 2 * row
@@ -131,6 +131,45 @@ def _add_legend(
     bottom = margin + used_rows * row + margin
     right = min(margin + used_columns * column, width)
     panel = picture[margin:bottom, margin:right]
+    through, letters = _panel(
+        tuple((_title(names[index]), colours[index]) for index in shown),
+        panel.shape[:2],
+        row=row,
+        column=column,
+        rows=used_rows,
+    )
+    cv2.multiply(panel, through, dst=panel, scale=1.0 / 255.0)
+    cv2.add(panel, letters, dst=panel)
+
+
+# The classes in the picture change from time to time, their lines take a millisecond to draw.
+@lru_cache(maxsize=16)
+def _panel(
+    lines: tuple[tuple[str, Colour], ...],
+    size: tuple[int, int],
+    *,
+    row: int,
+    column: int,
+    rows: int,
+) -> tuple[Pixels, Pixels]:
+    """The legend: how much of the frame shines through, of 255, and what is added to that.
+
+    Both (*size, 3) uint8.
+    """
+    on_black, on_white = (
+        _lettered(lines, np.full((*size, 3), light, np.uint8), row=row, column=column, rows=rows)
+        for light in (0, 255)
+    )
+    through = cv2.subtract(on_white, on_black)
+    for array in (through, on_black):
+        array.flags.writeable = False
+    return through, on_black  # type: ignore[return-value]
+
+
+def _lettered(
+    lines: tuple[tuple[str, Colour], ...], panel: Pixels, *, row: int, column: int, rows: int
+) -> Pixels:
+    """The panel with its shade, its swatches and its names, in place."""
     cv2.addWeighted(
         panel,
         _PANEL_SEE_THROUGH,
@@ -141,20 +180,19 @@ def _add_legend(
     )
     scale, thickness = _lettering(row)
     swatch = max(round(row * 0.64), 4)
-    for place, index in enumerate(shown):
-        left = margin + row // 3 + place // used_rows * column
-        top = margin + margin // 2 + place % used_rows * row
-        red, green, blue = colours[index]
+    for place, (title, (red, green, blue)) in enumerate(lines):
+        left = row // 3 + place // rows * column
+        top = _margin(row) // 2 + place % rows * row
         inset = (row - swatch) // 2
         corner = (left, top + inset)
         opposite = (left + swatch - 1, top + inset + swatch - 1)
-        cv2.rectangle(picture, corner, opposite, (blue, green, red), cv2.FILLED)
+        cv2.rectangle(panel, corner, opposite, (blue, green, red), cv2.FILLED)
         # A light rim keeps dark colours apart from the dark panel.
-        cv2.rectangle(picture, corner, opposite, _TEXT, max(row // 24, 1))
+        cv2.rectangle(panel, corner, opposite, _TEXT, max(row // 24, 1))
         baseline = top + round((row + _CAPITALS * scale) / 2)
         cv2.putText(
-            picture,
-            _title(names[index]),
+            panel,
+            title,
             (left + swatch + row // 3, baseline),
             _FONT,
             scale,
@@ -162,6 +200,7 @@ def _add_legend(
             thickness,
             cv2.LINE_AA,
         )
+    return panel
 
 
 def _present(class_map: NDArray[np.uint8], classes: int, room: int) -> list[int]:
@@ -172,6 +211,11 @@ def _present(class_map: NDArray[np.uint8], classes: int, room: int) -> list[int]
     if len(found) > room:
         found = sorted(sorted(found, key=lambda index: -float(counts[index]))[:room])
     return found
+
+
+def _margin(row: int) -> int:
+    """Pixels between the panel and the picture's edge, and around what is in the panel."""
+    return max(row // 2, 2)
 
 
 def _lettering(row: int) -> tuple[float, int]:

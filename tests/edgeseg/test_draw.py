@@ -82,6 +82,22 @@ def test_legend_names_only_the_classes_that_are_there() -> None:
     assert not (drawn["one"] == (30, 255, 0)).all(axis=2).any()
 
 
+@pytest.mark.parametrize(("height", "width"), [(240, 320), (481, 640), (1080, 1920)])
+def test_legend_is_a_pane_of_glass_over_every_frame(height: int, width: int) -> None:
+    """A drawn panel is kept, so it must not hold anything of the frame it was first drawn for."""
+    class_map = labels(height, width, 3)
+
+    def legend_over(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+        drawn = draw_classes(pixels, class_map, names=NAMES, colours=COLOURS, opacity=0.0)
+        return drawn.astype(np.float64)
+
+    frame = noise(height, width)
+    first = legend_over(frame)
+    black, white = (legend_over(np.full((height, width, 3), light, np.uint8)) for light in (0, 255))
+    np.testing.assert_allclose(first, black + (white - black) * (frame / 255.0), atol=1.0)
+    np.testing.assert_array_equal(legend_over(frame), first)
+
+
 @pytest.mark.parametrize(
     ("pixels", "class_map", "opacity", "names", "error", "says"),
     [
