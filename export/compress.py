@@ -241,10 +241,11 @@ class _Run:
         page = report.report().write(self._folder / "report.html")
         best = report.best
         if best == 0:
+            self._report(report.render())
             raise RequestError(
-                f"no step is faster and loses {recipe.max_drop:g} in points at most, so "
-                f"{self._target} was not written; look at {page}, then "
-                "take one of the bundles beside it, raise max_drop, or train longer"
+                f"{self._target} was not written, as nothing beat the original within max_drop; "
+                f"look at {page}, then take one of the bundles beside it, raise max_drop, or train "
+                "longer"
             )
         bundle = Bundle.open(self._steps[best].bundle)
         with new_bundle(self._target) as folder:
