@@ -36,7 +36,9 @@ _TARGET = _BUNDLES / "streets"
 _INT8_TARGET = _BUNDLES / "streets-int8"
 _OBJECTS_TARGET = _BUNDLES / "street-objects"
 _FOLDER = Path(__file__).parent / "recipes"
-_RECIPES = (_FOLDER / "streets.toml", _FOLDER / "streets_finish.toml")
+_RECIPES = tuple(
+    _FOLDER / name for name in ("streets.toml", "streets_finish.toml", "streets_longer.toml")
+)
 _OBJECTS_RECIPE = _FOLDER / "street_objects.toml"
 _INT8_RECIPE = Path(__file__).resolve().parents[1] / "calibration" / "recipes" / "streets_int8.toml"
 _INT8_MAX_DROP = 0.3
@@ -70,8 +72,8 @@ anything else, train the same recipe on data of your own.
 
 ## Recipe
 
-`streets.toml` and then `streets_finish.toml` of `edgeseg/export/recipes`, run by `edgeseg train`
-{training}. The starting point was BiSeNetV2 trained from scratch on CamVid's training split. The
+`streets.toml`, `streets_finish.toml` and `streets_longer.toml` of `edgeseg/export/recipes`, one after
+the other, run by `edgeseg train` {training}. The starting point was BiSeNetV2 trained from scratch on CamVid's training split. The
 biases of the classes were then set on CamVid's training pictures, for the highest mean IoU there
 (`edgeseg export --balance`): on them it rose from {balance[0]:.3f} to {balance[1]:.3f}.
 
