@@ -72,9 +72,10 @@ anything else, train the same recipe on data of your own.
 
 ## Recipe
 
-`streets.toml`, `streets_finish.toml` and `streets_longer.toml` of `edgeseg/export/recipes`, one after
-the other, run by `edgeseg train` {training}. The starting point was BiSeNetV2 trained from scratch on CamVid's training split. The
-biases of the classes were then set on CamVid's training pictures, for the highest mean IoU there
+`streets.toml`, `streets_finish.toml` and `streets_longer.toml` of `edgeseg/export/recipes`, one
+after the other, run by `edgeseg train` {training}. The starting point was BiSeNetV2 trained from
+scratch on CamVid's training split. The biases of the classes were then set on CamVid's training
+pictures, for the highest mean IoU there
 (`edgeseg export --balance`): on them it rose from {balance[0]:.3f} to {balance[1]:.3f}.
 
 ```toml
