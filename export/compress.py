@@ -141,6 +141,13 @@ class _Run:
         self._size, self._classes = f"{spec.height}x{spec.width}", spec.classes
         # Data that do not fit are found before hours of work.
         self._dataset = labelled(recipe.data, recipe.split, spec)
+        if recipe.balance and spec.task != "semantic":
+            raise RequestError(
+                f"the classes of {recipe.model} cannot be balanced: that is for semantic models; "
+                "leave balance out of the recipe"
+            )
+        for uri in recipe.balance:
+            labelled(uri, "train", spec)
         # The others begin from a file.
         self._model = recipe.architecture
         self._weights = self._weights or str(path)
@@ -198,9 +205,11 @@ class _Run:
                     report=_silent,
                     progress=update,
                 )
-            self._export(str(checkpoint), bundle, checkpoint.stem)
+            self._export(str(checkpoint), bundle, checkpoint.stem, self._recipe.balance)
 
-        said = {"recipe": asdict(settings), "teacher": self._recipe.teacher}
+        said: dict[str, object] = {"recipe": asdict(settings), "teacher": self._recipe.teacher}
+        if self._recipe.balance:
+            said["balance"] = self._recipe.balance
         self._step(title, said, make, ".pt")
 
     def quantize(self, trainer: Trainer | None) -> None:
@@ -274,7 +283,9 @@ class _Run:
                 )
             return found, candidates[0].engine.description
 
-    def _export(self, weights: str | None, bundle: Path, title: str) -> None:
+    def _export(
+        self, weights: str | None, bundle: Path, title: str, balance: tuple[str, ...] = ()
+    ) -> None:
         with self._stage(f"exporting {title}") as update:
             export_bundle(
                 ExportRequest(
@@ -283,6 +294,7 @@ class _Run:
                     size=self._size,
                     name=self._target.resolve().name,
                     classes=self._classes,
+                    balance=balance,
                 ),
                 bundle,
                 progress=update,

@@ -88,8 +88,8 @@ class CompressionRecipe:
 
     ``cuts``: prunings, the furthest last; after each of them ``train`` runs, or once if there are
     none. With a table ``[train.distillation]`` the network learns from ``teacher`` too, which is
-    the model that the recipe begins with if nothing else is named. ``quantize``: None leaves INT8
-    out.
+    the model that the recipe begins with if nothing else is named. ``balance``: as for ``edgeseg
+    export``, for what comes out of each training. ``quantize``: None leaves INT8 out.
     """
 
     model: str
@@ -103,6 +103,7 @@ class CompressionRecipe:
     frames: int = 100
     max_drop: float = 1.0
     teacher: str | None = None
+    balance: tuple[str, ...] = ()
     cuts: tuple[Cut, ...] = ()
     train: Recipe | None = None
     quantize: QuantizationRecipe | None = None
@@ -127,6 +128,8 @@ class CompressionRecipe:
         distils = self.train is not None and self.train.distillation is not None
         if self.teacher is not None and not distils:
             raise RequestError("a teacher goes with a table [train.distillation]; add one")
+        if self.balance and self.train is None:
+            raise RequestError("classes are balanced after a training; add a table [train]")
 
     @property
     def architecture(self) -> str:
@@ -154,15 +157,18 @@ class CompressionRecipe:
         ):
             if key is not None and not isinstance(key, kind):
                 raise RequestError(f"{name} does not fit: {form} is wanted, and {key!r} came")
-        calibration = values.pop("calibration", [])
+        calibration, balance = values.pop("calibration", []), values.pop("balance", [])
         if isinstance(calibration, str):
             calibration = [calibration]
+        if isinstance(balance, str):
+            balance = [balance]
         try:
             if "classes" in values:
                 values["classes"] = tuple(values["classes"])
             return cls(
                 **values,
                 calibration=tuple(calibration),
+                balance=tuple(balance),
                 cuts=tuple(_cut(entry) for entry in cuts),
                 train=None
                 if train is None

@@ -34,6 +34,7 @@ model = "streets"
 size = "96x128"
 data = "{STREETS}"
 calibration = "{STREETS}"
+balance = "{STREETS}"
 max_drop = 100.0
 
 [[prune]]
@@ -82,12 +83,19 @@ def recipe(**changes: Any) -> CompressionRecipe:
     return CompressionRecipe.from_dict({k: v for k, v in given.items() if v is not None})
 
 
+def bundles(steps: Path) -> list[Bundle]:
+    """Those before INT8, in their order."""
+    titles = enumerate(STEPS[:5])
+    return [Bundle.open(steps / f"{place}-{title.replace(' ', '-')}") for place, title in titles]
+
+
 def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "small.toml"
     file.write_text(RECIPE, encoding="utf-8")
     found = CompressionRecipe.read(file)
     assert found.architecture == "bisenetv2"
     assert found.calibration == (STREETS,)
+    assert found.balance == (STREETS,)
     assert [cut.macs for cut in found.cuts] == [0.8, 0.6]
     assert found.cuts[1].rules.protect == ("head",)
     assert found.train is not None
@@ -110,6 +118,7 @@ def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
         ({"max_drop": math.nan}, "max_drop is in points"),
         ({"pictures": 0}, "1 or more"),
         ({"teacher": "streets"}, r"table \[train.distillation\]"),
+        ({"balance": STREETS}, r"balanced after a training; add a table \[train\]"),
         ({"prune": [{}]}, "one of macs, parameters and milliseconds, and none of them came"),
         ({"prune": [{"macs": 0.5, "milliseconds": 3}]}, "and macs and milliseconds came"),
         ({"prune": [{"macs": 0.5, "importance": "luck"}]}, "importance is one of"),
@@ -217,6 +226,22 @@ def test_nothing_is_done_for_what_is_refused(tmp_path: Path) -> None:
     ]
 
 
+def test_classes_that_cannot_be_balanced_are_told_before_the_work(tmp_path: Path) -> None:
+    train = {
+        "steps": 1,
+        "crop": [96, 128],
+        "full_height": 96,
+        "source": [{"uri": STREETS, "share": 2}],
+    }
+    objects = recipe(model="street-objects", balance=STREETS, train=train, size="96x128")
+    with pytest.raises(RequestError, match="street-objects cannot be balanced"):
+        compress(objects, tmp_path / "small")
+    nowhere = recipe(model="streets", balance="camvid:nowhere", train=train, size="96x128")
+    with pytest.raises(EdgeSegError, match="nowhere"):
+        compress(nowhere, tmp_path / "other")
+    assert not list(tmp_path.rglob("*pruned*"))
+
+
 @pytest.mark.slow
 def test_the_whole_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -266,6 +291,8 @@ def test_the_whole_way(
     )
     assert "Accuracy against time" in (target / "report.html").read_text(encoding="utf-8")
     assert Bundle.open(steps / "5-INT8").model.is_quantized()
+    balanced = ["balance" in made.manifest["provenance"] for made in bundles(steps)]
+    assert balanced == [title.startswith("distilled") for title in STEPS[:5]]
 
     # Another training, and all that follows is made anew; what came before is not.
     changed = replace(wanted, cuts=(wanted.cuts[0], replace(wanted.cuts[1], train_steps=1)))
