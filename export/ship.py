@@ -41,7 +41,7 @@ _RECIPES = tuple(
 )
 _OBJECTS_RECIPE = _FOLDER / "street_objects.toml"
 _INT8_RECIPE = Path(__file__).resolve().parents[1] / "calibration" / "recipes" / "streets_int8.toml"
-_INT8_MAX_DROP = 0.3
+_INT8_MAX_DROP = 0.5
 
 _CARD = """# streets
 
