@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeseg.dataset import Dataset
+from edgeseg.dataset import Dataset, open_dataset
 from edgeseg.errors import RequestError
+from edgeseg.evaluate import check_classes
 from edgeseg.export.models import SemanticNetwork, definition_of
+from edgeseg.export.own import is_own
 from edgeseg.export.preprocess import network_input
 from edgeseg.frame import Pixels
 from edgeseg.geometry import Geometry
-from edgeseg.spec import Fit
+from edgeseg.spec import Fit, ModelSpec
 
-__all__ = ["Balance", "balance_classes", "best_biases"]
+__all__ = ["Balance", "balance_classes", "balancing_pictures", "best_biases"]
 
 #: pixels of each picture that are looked at, drawn anew for each
 _PIXELS = 6_000
@@ -58,6 +60,23 @@ class Balance:
             "biases": self.biases,
             "miou": {name: list(values) for name, values in self.miou.items()},
         }
+
+
+def balancing_pictures(model: str, uris: Sequence[str], spec: ModelSpec) -> list[Dataset]:
+    """The labelled pictures, split train, on which ``model`` is to be balanced.
+
+    RequestError where a model of its kind has no biases to set; the errors of `open_dataset`, and
+    DataError where the classes are others.
+    """
+    if spec.task != "semantic" or is_own(model):
+        raise RequestError(
+            f"{model} cannot be balanced: that is for semantic models of an architecture "
+            "in `edgeseg models`; leave balance out"
+        )
+    datasets = [open_dataset(uri, "train") for uri in uris]
+    for dataset in datasets:
+        check_classes(spec.classes, dataset.classes)
+    return datasets
 
 
 def balance_classes(

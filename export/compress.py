@@ -19,6 +19,7 @@ from edgeseg.calibration.package import QuantizeRequest, Trainer, quantize_bundl
 from edgeseg.compare import Candidate, Comparison, compare
 from edgeseg.engine import cpu_engine, open_engine
 from edgeseg.errors import RequestError, WeightsError
+from edgeseg.export.balance import balancing_pictures
 from edgeseg.export.compress_recipe import CompressionRecipe, Cut
 from edgeseg.export.compress_report import CompressionReport, Step
 from edgeseg.export.distill import open_teacher
@@ -141,13 +142,8 @@ class _Run:
         self._size, self._classes = f"{spec.height}x{spec.width}", spec.classes
         # Data that do not fit are found before hours of work.
         self._dataset = labelled(recipe.data, recipe.split, spec)
-        if recipe.balance and spec.task != "semantic":
-            raise RequestError(
-                f"the classes of {recipe.model} cannot be balanced: that is for semantic models; "
-                "leave balance out of the recipe"
-            )
-        for uri in recipe.balance:
-            labelled(uri, "train", spec)
+        if recipe.balance:
+            balancing_pictures(recipe.model, recipe.balance, spec)
         # The others begin from a file.
         self._model = recipe.architecture
         self._weights = self._weights or str(path)
@@ -207,9 +203,11 @@ class _Run:
                 )
             self._export(str(checkpoint), bundle, checkpoint.stem, self._recipe.balance)
 
-        said: dict[str, object] = {"recipe": asdict(settings), "teacher": self._recipe.teacher}
-        if self._recipe.balance:
-            said["balance"] = self._recipe.balance
+        said = {
+            "recipe": asdict(settings),
+            "teacher": self._recipe.teacher,
+            "balance": self._recipe.balance,
+        }
         self._step(title, said, make, ".pt")
 
     def quantize(self, trainer: Trainer | None) -> None:

@@ -157,18 +157,14 @@ class CompressionRecipe:
         ):
             if key is not None and not isinstance(key, kind):
                 raise RequestError(f"{name} does not fit: {form} is wanted, and {key!r} came")
-        calibration, balance = values.pop("calibration", []), values.pop("balance", [])
-        if isinstance(calibration, str):
-            calibration = [calibration]
-        if isinstance(balance, str):
-            balance = [balance]
         try:
+            for key in ("calibration", "balance"):
+                uris = values.get(key, ())
+                values[key] = (uris,) if isinstance(uris, str) else tuple(uris)
             if "classes" in values:
                 values["classes"] = tuple(values["classes"])
             return cls(
                 **values,
-                calibration=tuple(calibration),
-                balance=tuple(balance),
                 cuts=tuple(_cut(entry) for entry in cuts),
                 train=None
                 if train is None

@@ -18,8 +18,8 @@ from edgeseg.dataset import Dataset, open_dataset
 from edgeseg.draw import draw_classes
 from edgeseg.engine import cpu_engine, open_engine
 from edgeseg.errors import RequestError, WeightsError
-from edgeseg.evaluate import check_classes, evaluate, evaluate_instances, match_classes
-from edgeseg.export.balance import Balance, balance_classes
+from edgeseg.evaluate import evaluate, evaluate_instances, match_classes
+from edgeseg.export.balance import Balance, balance_classes, balancing_pictures
 from edgeseg.export.foreign import (
     InstanceAdapter,
     adapter_named,
@@ -188,14 +188,9 @@ def _balanced(
     progress: Callable[[int, int], None] | None,
 ) -> Balance:
     """Sets the biases of the classes of ``network``."""
-    if isinstance(network, InstanceNetwork) or is_own(request.model):
-        raise RequestError(
-            f"{request.model} cannot be balanced: that is for semantic models of an architecture "
-            "in `edgeseg models`; leave --balance out"
-        )
-    datasets = [open_dataset(uri, "train") for uri in request.balance]
-    for dataset in datasets:
-        check_classes(spec.classes, dataset.classes)
+    datasets = balancing_pictures(request.model, request.balance, spec)
+    # They refuse all others.
+    assert not isinstance(network, InstanceNetwork)
     return balance_classes(
         network, datasets, (spec.height, spec.width), fit=spec.fit, progress=progress
     )
