@@ -134,7 +134,7 @@ def profile(
     wanted = _FRAMES if frames is None and seconds is None else frames
     timeline = Timeline()
     last: Result | None = None
-    stopped = False
+    stopped = ran_out = False
     try:
         blank = np.zeros((model.spec.height, model.spec.width, 3), np.uint8)
         for _ in range(warm_up):
@@ -158,6 +158,8 @@ def profile(
                         progress(len(timeline), wanted or 0)
                     if time.monotonic() >= ends:
                         break
+                else:
+                    ran_out = wanted is None or len(timeline) < wanted
             except KeyboardInterrupt:
                 stopped = True
             # Before the frames that are still under way are given up.
@@ -190,7 +192,7 @@ def profile(
         use=use,
         samples=watch.samples,
         peak_rss_mb=peak_rss_mb(),
-        notes=(*source.notes, *_notes(timeline, use, frames, seconds, stopped)),
+        notes=(*source.notes, *_notes(timeline, use, frames, seconds, stopped, ran_out)),
         last=last,
         stopped=stopped,
         layers=timed,
@@ -203,25 +205,22 @@ def _notes(
     frames: int | None,
     seconds: float | None,
     stopped: bool,
+    ran_out: bool,
 ) -> list[str]:
     """What did not go as asked, or as it should."""
-    notes = _shortfall(timeline, frames, seconds, stopped)
+    notes = []
+    if stopped:
+        notes.append(
+            f"It was stopped after {len(timeline)} frames; this is what was measured so far."
+        )
+    elif ran_out and seconds is not None:
+        took = float(timeline.seconds[-1])
+        notes.append(f"The source ended after {took:.1f} s of the {seconds:g} s asked for.")
+    elif ran_out and frames is not None:
+        notes.append(f"The source ended after {len(timeline)} of the {frames} frames asked for.")
     if use.others_percent is not None and use.others_percent > _QUIET_PERCENT:
         notes.append(
             f"Other programs took {use.others_percent:.0f} % of a core meanwhile; on a quiet "
             "machine the figures may be better."
         )
     return notes
-
-
-def _shortfall(
-    timeline: Timeline, frames: int | None, seconds: float | None, stopped: bool
-) -> list[str]:
-    if stopped:
-        return [f"It was stopped after {len(timeline)} frames; this is what was measured so far."]
-    took = float(timeline.seconds[-1])
-    if seconds is not None and took < seconds and (frames is None or len(timeline) < frames):
-        return [f"The source ended after {took:.1f} s of the {seconds:g} s asked for."]
-    if seconds is None and frames is not None and len(timeline) < frames:
-        return [f"The source ended after {len(timeline)} of the {frames} frames asked for."]
-    return []

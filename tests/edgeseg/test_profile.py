@@ -119,6 +119,14 @@ def test_for_seconds(model: Model) -> None:
     assert profile(model, STREET, seconds=60, frames=5).summary.frames == 5
 
 
+def test_the_end_of_the_time_is_not_the_end_of_the_source(model: Model) -> None:
+    # The last mask was finished long before the time was over, and taken late.
+    late = profile(
+        model, STREET, seconds=0.3, progress=lambda done, _: time.sleep(0.4 if done == 2 else 0)
+    )
+    assert not [note for note in late.notes if "ended" in note]
+
+
 def test_a_source_that_ends_early_is_told(model: Model) -> None:
     source = "synthetic:?size=48x64&frames=4"
     found = profile(model, source, frames=9)
