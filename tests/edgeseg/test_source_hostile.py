@@ -190,8 +190,8 @@ def test_wrong_from_the_start(act: Callable[[Script, socket.socket], None], mess
         started = time.monotonic()
         with pytest.raises(SourceError, match=message) as raised:
             list(open_source(f"{server.address}/video?timeout=0.5"))
-        # Twice: to open it, and to wait for a frame; and the time that a busy machine takes.
-        assert time.monotonic() - started < 0.5 * 2 + 3.0
+        # What drips in would take a minute, and what is held for ever.
+        assert time.monotonic() - started < PATIENCE_S
         assert "\n" not in str(raised.value)
 
 
@@ -381,7 +381,7 @@ def test_tls_with_somebody_who_does_not_speak_it(
         started = time.monotonic()
         with pytest.raises(SourceError, match=message):
             open_source(f"{server.address.replace('http:', 'https:')}/video?timeout=0.5")
-        assert time.monotonic() - started < 4.0
+        assert time.monotonic() - started < PATIENCE_S
 
 
 @pytest.mark.parametrize("through", ["GStreamer", "OpenCV"])
@@ -411,8 +411,7 @@ def test_rtsp_with_somebody_who_does_not_speak_it(
         address = server.address.replace("http:", "rtsp:")
         with pytest.raises(SourceError) as raised:
             list(open_source(f"{address}/camera?timeout=0.5"))
-        # To open it, with what is given to a driver for it, and to wait for a frame; twice that.
-        assert time.monotonic() - started < 8.0
+        assert time.monotonic() - started < PATIENCE_S
         assert "\n" not in str(raised.value)
 
 
