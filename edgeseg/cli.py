@@ -459,8 +459,17 @@ def _parser() -> argparse.ArgumentParser:
         help="a layer, or a module with all in it, that stays; may be given several times",
     )
     prune.add_argument(
-        "--steps", type=_count, default=1, metavar="N", help="measure importance anew so often"
+        "--steps",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="cut in so many steps, and measure importance anew at each",
     )
+    prune.add_argument(
+        "--recipe", metavar="FILE.toml", help="train by it after each step, as `edgeseg train` does"
+    )
+    prune.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    prune.add_argument("--workers", type=_whole, metavar="N", help="processes that prepare batches")
     prune.add_argument(
         "--engine", metavar="NAME", help="measure milliseconds on openvino or onnxruntime"
     )
@@ -1460,18 +1469,22 @@ def _prune(options: argparse.Namespace) -> int:
             labels=options.labels,
             rules=Rules(options.multiple, options.minimum, tuple(options.protect)),
             steps=options.steps,
+            recipe=options.recipe,
             engine=options.engine,
             threads=options.threads,
         ),
         options.output,
+        device=options.device,
+        workers=options.workers,
         stage=progress,
     )
     if options.report is not None:
         made.report.report().write(options.report)
+    further = "train it further, then " if options.recipe is None else ""
     # A model that ships has another name as an architecture.
     lines = [
         made.report.render(),
-        f"saved {options.output}; train it further, then `edgeseg export {made.report.model} "
+        f"saved {options.output}; {further}`edgeseg export {made.report.model} "
         f"--weights {options.output} ...`",
     ]
     _tell(options, "\n".join(lines), {"checkpoint": str(made.path), **made.report.to_dict()})

@@ -198,7 +198,7 @@ class _Run:
                     device=device,
                     workers=workers,
                     log=checkpoint.with_suffix(".history"),
-                    report=_silent,
+                    report=lambda _: None,
                     progress=update,
                 )
             self._export(str(checkpoint), bundle, checkpoint.stem, self._recipe.balance)
@@ -337,7 +337,3 @@ def _read(record: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _silent(_: str) -> None:
-    """What a training says of its steps; the progress bar is enough here."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +23,7 @@ from edgeseg.dataset import open_dataset
 from edgeseg.engine import cpu_engine
 from edgeseg.errors import RequestError
 from edgeseg.export.couplings import find_couplings
+from edgeseg.export.distill import open_teacher
 from edgeseg.export.importance import (
     Activation,
     BatchNormScale,
@@ -32,11 +36,14 @@ from edgeseg.export.importance import (
 )
 from edgeseg.export.latency import EngineStopwatch, bare_spec, check_engine
 from edgeseg.export.models import InstanceNetwork, SemanticNetwork, definition_of
+from edgeseg.export.models.network import Network
 from edgeseg.export.package import read_network
 from edgeseg.export.preprocess import network_input
 from edgeseg.export.prune import Finetune, Rules, Target, prune
 from edgeseg.export.prune_report import PruneReport
-from edgeseg.export.weights import check_writable, save_weights
+from edgeseg.export.recipe import Recipe
+from edgeseg.export.train import train
+from edgeseg.export.weights import check_writable, load_weights, save_weights
 from edgeseg.spec import ModelSpec, parse_size
 
 __all__ = ["MEASURES", "Measure", "PruneRequest", "Pruned", "prune_checkpoint"]
@@ -56,8 +63,9 @@ class PruneRequest:
     None for that of the bundle, or the model's own. ``calibration``: URIs of frames (see
     ``open_frames``), which activations, Taylor's derivatives and the batch norms are measured on,
     ``frames`` of each at most. ``labels``: labelled pictures, split "train", for Taylor's
-    derivatives of the cross entropy; without, those of what the network itself says. ``engine``:
-    measure milliseconds there, with ``threads``.
+    derivatives of the cross entropy; without, those of what the network itself says. ``steps``: see
+    ``prune``; ``recipe``: the file of a training recipe, by which the network is trained after each
+    of them. ``engine``: measure milliseconds there, with ``threads``.
     """
 
     model: str
@@ -70,6 +78,7 @@ class PruneRequest:
     labels: str | None = None
     rules: Rules = field(default_factory=Rules)
     steps: int = 1
+    recipe: str | None = None
     engine: str | None = None
     threads: int = 0
 
@@ -104,16 +113,20 @@ def prune_checkpoint(
     request: PruneRequest,
     target: str | Path,
     *,
-    finetune: Finetune | None = None,
+    device: str = "auto",
+    workers: int | None = None,
     stage: Stage = silent,
 ) -> Pruned:
     """Writes the pruned checkpoint to ``target``, whole or not at all; the original is only read.
 
     It is a plain state_dict that ``load_weights``, and with it every other command, takes wherever
-    a checkpoint of the model goes. ``finetune``: see ``prune``.
+    a checkpoint of the model goes. ``device`` and ``workers``: as for ``train``, where the request
+    has a recipe; its distillation learns from the model as it was. What such trainings have done
+    stands beside the target in ``NAME.steps`` until the target is written, and a second call goes
+    on where the first was stopped.
 
     RequestError, WeightsError and EngineError come before any long work where that can be; see
-    `read_network`, `open_frames`, `EngineStopwatch` and `prune`.
+    `read_network`, `open_frames`, `EngineStopwatch`, `prune` and `train`.
     """
     target = Path(target)
     check_writable(target)
@@ -124,6 +137,9 @@ def prune_checkpoint(
         check_engine(engine)
     network, architecture, path = read_network(request.model, request.weights, auxiliary_heads=True)
     size = _size(request, network, path)
+    training = None
+    if request.recipe is not None:
+        training = _Training(request, architecture, target, device, workers)
     # What cannot be protected, or cannot be pruned at all, is found before frames are read.
     find_couplings(network, protect=request.rules.protect)
     spec = bare_spec(network, size)
@@ -143,7 +159,8 @@ def prune_checkpoint(
             with stage(f"timing {architecture} on {engine}"):
                 stopwatch = EngineStopwatch(network, size, engine=engine, threads=request.threads)
             stack.enter_context(stopwatch)
-        with stage(f"pruning {architecture}") as update:
+        doing = "pruning" if training is None else "pruning and training"
+        with stage(f"{doing} {architecture}") as update:
             pruning = prune(
                 network,
                 request.target,
@@ -151,10 +168,10 @@ def prune_checkpoint(
                 request.rules,
                 size=size,
                 steps=request.steps,
-                finetune=finetune,
+                finetune=None if training is None else training.showing(update),
                 calibration=inputs,
                 stopwatch=stopwatch,
-                progress=update,
+                progress=update if training is None else None,
             )
         if stopwatch is not None:
             with stage(f"timing the pruned {architecture}"):
@@ -169,7 +186,63 @@ def prune_checkpoint(
             notes=notes,
         )
     save_weights(network, target)
+    if training is not None:
+        training.forget()
     return Pruned(target, report)
+
+
+class _Training:
+    """What happens to a network between two steps of pruning.
+
+    A checkpoint is named after all that it depends on, so one that is there need not be made again.
+    """
+
+    def __init__(
+        self,
+        request: PruneRequest,
+        architecture: str,
+        target: Path,
+        device: str,
+        workers: int | None,
+    ) -> None:
+        assert request.recipe is not None
+        self._recipe = Recipe.read(request.recipe, model=architecture)
+        self._teacher = None
+        if self._recipe.distillation is not None:
+            name = request.weights or request.model
+            self._teacher = open_teacher(name, architecture, self._recipe.crop)
+        self._steps = request.steps
+        self._folder = target.with_name(f"{target.stem}.steps")
+        self._device, self._workers = device, workers
+
+    def showing(self, update: Callable[[int, int], None]) -> Finetune:
+        """Trains in place; ``update`` is called with the steps of all trainings."""
+
+        def finetune(network: Network, step: int) -> None:
+            key = hashlib.sha256(json.dumps(asdict(self._recipe), sort_keys=True).encode())
+            for name, tensor in network.state_dict().items():
+                key.update(name.encode() + tensor.numpy().tobytes())
+            begin = self._folder / f"{step}-pruned-{key.hexdigest()[:16]}.pt"
+            trained = self._folder / f"{step}-trained-{key.hexdigest()[:16]}.pt"
+            if not trained.is_file():
+                save_weights(network, begin)
+                train(
+                    self._recipe,
+                    trained,
+                    start=begin,
+                    teacher=self._teacher,
+                    device=self._device,
+                    workers=self._workers,
+                    report=lambda _: None,
+                    progress=lambda done, of: update((step - 1) * of + done, self._steps * of),
+                )
+            load_weights(network, trained)
+
+        return finetune
+
+    def forget(self) -> None:
+        """The result is written, and what led there is needed no more."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _size(

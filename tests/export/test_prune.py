@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +28,10 @@ from edgeseg.export.importance import WeightNorm
 from edgeseg.export.latency import EngineStopwatch
 from edgeseg.export.models import Network, SemanticNetwork, create
 from edgeseg.export.prune import Rules, Target, counted, prune, recalibrate
+from edgeseg.export.recipe import Recipe
 from edgeseg.export.structure import positions_of, structure_of, total
-from edgeseg.export.weights import load_weights, save_weights
+from edgeseg.export.train import train
+from edgeseg.export.weights import load_weights, read_weights, save_weights
 
 Lively = Callable[[Network, int], Network]
 
@@ -410,6 +414,99 @@ def test_wrong_requests_are_told_and_write_nothing(
     assert words in told
     assert found == code
     assert sorted(tmp_path.rglob("*")) == there
+
+
+@pytest.fixture
+def streets_checkpoint(
+    tiny_definition: str, tiny_class: type[SemanticNetwork], lively: Lively, tmp_path: Path
+) -> Path:
+    """Of a network that knows the classes of generated streets."""
+    save_weights(lively(tiny_class(11), 7), tmp_path / "tiny.pt")
+    return tmp_path / "tiny.pt"
+
+
+STREETS = "synthetic:?frames=4&size=64x96"
+RECIPE = f"""
+steps = 2
+crop = [64, 96]
+full_height = 64
+warmup = 1
+
+[[source]]
+uri = "{STREETS}"
+share = 2
+"""
+
+
+@pytest.mark.parametrize("teaches", [False, True])
+def test_a_recipe_trains_after_each_step(
+    streets_checkpoint: Path,
+    teaches: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    leftovers: Callable[[Path], list[str]],
+) -> None:
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "small.pt"
+    recipe.write_text(RECIPE + ("[distillation]\nalpha = 0.5\n" if teaches else ""))
+    seen: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    calls = 0
+
+    def watched(recipe: Recipe, output: Path, **given: Any) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        assert (given["teacher"] is not None) == teaches
+        found = train(recipe, output, **given)
+        seen.append((read_weights(given["start"]), read_weights(output)))
+        return found
+
+    monkeypatch.setattr("edgeseg.export.prune_request.train", watched)
+    asked = command(
+        streets_checkpoint, "--macs", "0.5", "--multiple", "1", "--minimum", "1", "--steps", "2",
+        "--recipe", str(recipe), "--workers", "0", "-o", str(out),
+    )  # fmt: skip
+    # Stopped in the second training, it goes on there.
+    with contextlib.suppress(KeyboardInterrupt):
+        assert main(asked) == 130
+    assert not out.exists() and len(seen) == 1
+    assert main(asked) == 0, capsys.readouterr().err
+    assert calls == 3 and len(seen) == 2
+    for begun, trained in seen:
+        assert any(not torch.equal(begun[name], trained[name]) for name in begun)
+    widths = [
+        sum(tensor.shape[0] for name, tensor in begun.items() if name.endswith("conv.weight"))
+        for begun, _ in seen
+    ]
+    assert widths[0] > widths[1]
+    # What is written is what the last training made, and nothing else is left.
+    written = read_weights(out)
+    assert all(torch.equal(written[name], tensor) for name, tensor in seen[1][1].items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "recipe.toml", "small.pt", "tiny.pt",
+    ]  # fmt: skip
+    assert leftovers(tmp_path) == []
+    assert "train it further" not in capsys.readouterr().out
+
+
+def test_a_recipe_that_does_not_fit_is_told_before_the_work(
+    streets_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "new" / "small.pt"
+    asked = ("--macs", "0.5", "--multiple", "1", "--minimum", "1", "-o", str(out))
+    for text, words in (
+        ('model = "bisenetv2"\n' + RECIPE, "is for bisenetv2, and tiny is to be trained"),
+        ("stepz = 3\n" + RECIPE, "stepz"),
+        (RECIPE.replace("64x96", "64x96&seed=x"), "seed"),
+    ):
+        recipe.write_text(text)
+        assert main(command(streets_checkpoint, *asked, "--recipe", str(recipe))) in (1, 2)
+        told = capsys.readouterr().err
+        assert words in told and "Traceback" not in told
+    assert main(command(streets_checkpoint, *asked, "--recipe", str(tmp_path / "none"))) in (1, 2)
+    assert "none cannot be read" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_models_that_cannot_be_pruned_are_told(
