@@ -480,7 +480,7 @@ def _parser() -> argparse.ArgumentParser:
     adapt = _command(
         commands, "adapt", _adapt, "let a model get used to a camera, from frames without labels"
     )
-    adapt.add_argument("bundle", metavar="BUNDLE", help="a semantic one, not quantized")
+    adapt.add_argument("bundle", metavar="BUNDLE", help="one that EdgeSeg can train, not quantized")
     adapt.add_argument("-o", "--output", required=True, metavar="DIR")
     adapt.add_argument(
         "--video",

@@ -27,8 +27,8 @@ _SHARE = 4
 class AdaptRequest:
     """What to adapt, and to what.
 
-    ``bundle``: a semantic model that EdgeSeg knows the architecture of, not quantized. ``frames``:
-    URIs of frames like those that it will see, as for ``open_frames``: a video, a folder, a list.
+    ``bundle``: a model of an architecture that EdgeSeg trains, not quantized. ``frames``: URIs of
+    frames like those that it will see, as for ``open_frames``: a video, a folder, a list.
     ``data``: labelled pictures that it shall not forget, as ``--data`` of ``edgeseg train``.
     ``confidence``: what the model is sure of by so much counts as the truth.
     """
@@ -100,10 +100,10 @@ def adapt_bundle(
             f"{request.bundle} is quantized, and integers are not trained; adapt the bundle that "
             "it came from, then quantize that one on the same frames"
         )
-    if spec.task != "semantic" or spec.architecture not in DEFINITIONS:
+    if spec.architecture not in DEFINITIONS:
         raise RequestError(
             f"{request.bundle} ({spec.architecture}, {spec.task}) cannot be adapted: that is for "
-            "semantic models of an architecture in `edgeseg models`"
+            "models of an architecture in `edgeseg models`"
         )
     check_new_bundle(target)
     resolved = target.resolve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -26,6 +27,9 @@ from edgeseg.export.training_task import Batch, Batches, Score, TrainingTask
 from edgeseg.frame import Pixels
 from edgeseg.instance_dataset import InstanceDataset, InstanceSample, open_instances
 from edgeseg.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from edgeseg.export.distill import Teacher
 
 __all__ = ["InstanceBatches", "InstanceTraining"]
 
@@ -67,26 +71,40 @@ class InstanceBatches(Batches[Truth]):
 class InstanceTraining(TrainingTask[Truth]):
     """A YOLACT; the truth of a batch is the objects of each picture.
 
-    ``validate``: (URI, split) of the sets that ``scores`` looks at. Raises RequestError for a
-    network of another kind, and DataError when data sets disagree about their classes.
+    ``validate``: (URI, split) of the sets that ``scores`` looks at. ``teacher`` labels sources of
+    frames that have no labels. Raises RequestError for a network of another kind and for frames
+    without labels and without a teacher, and DataError when data sets disagree about their classes.
     """
 
     network: Yolact
 
-    def __init__(self, recipe: Recipe, validate: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        validate: Sequence[tuple[str, str]],
+        teacher: Teacher | None = None,
+    ) -> None:
         self._recipe = recipe
-        datasets = [open_instances(source.uri, source.split) for source in recipe.sources]
+        recipe.check_labels(teacher)
+        kind = definition(recipe.model).network
+        # The part of YOLACT++ that judges masks learns from masks that were found, after the rest.
+        if not issubclass(kind, Yolact) or issubclass(kind, YolactPlus):
+            raise RequestError(
+                f"EdgeSeg trains YOLACT and semantic networks, and {recipe.model} is neither; "
+                "train it where it comes from and export its checkpoint"
+            )
+        datasets = [
+            _frames(source.uri, recipe, teacher)
+            if source.unlabelled
+            else open_instances(source.uri, source.split)
+            for source in recipe.sources
+        ]
         self._checks = [open_instances(uri, split) for uri, split in validate]
         self.classes = _common_classes([*datasets, *self._checks])
         network = create(
             recipe.model, len(self.classes) + 1, auxiliary_heads=recipe.auxiliary_heads
         )
-        # The part of YOLACT++ that judges masks learns from masks that were found, after the rest.
-        if not isinstance(network, Yolact) or isinstance(network, YolactPlus):
-            raise RequestError(
-                f"EdgeSeg trains YOLACT and semantic networks, and {recipe.model} is neither; "
-                "train it where it comes from and export its checkpoint"
-            )
+        assert isinstance(network, Yolact)
         self.network = network
         self.batches = InstanceBatches(recipe, datasets, network.mask_size(*recipe.crop))
 
@@ -133,6 +151,22 @@ class InstanceTraining(TrainingTask[Truth]):
             mask_height=mask_height,
             mask_width=mask_width,
         )
+
+
+def _frames(uri: str, recipe: Recipe, teacher: Teacher | None) -> InstanceDataset:
+    settings = recipe.distillation
+    assert teacher is not None
+    assert settings is not None
+    # Training alone does without the onnx package.
+    from edgeseg.export.pseudo import PseudoObjects
+
+    return PseudoObjects(
+        uri,
+        teacher,
+        size=teacher.size or recipe.crop,
+        count=settings.frames,
+        confidence=settings.confidence,
+    )
 
 
 def _common_classes(datasets: Sequence[InstanceDataset]) -> tuple[str, ...]:

@@ -141,6 +141,14 @@ class Recipe:
         """Samples of one step."""
         return sum(source.share for source in self.sources)
 
+    def check_labels(self, teacher: object | None) -> None:
+        """RequestError when frames have no labels, and nobody who gives them some."""
+        if teacher is None and any(source.unlabelled for source in self.sources):
+            raise RequestError(
+                f"{FRAMES_PREFIX} has no labels, so a teacher gives them; name one with "
+                "`edgeseg distill ... --teacher`"
+            )
+
     @classmethod
     def read(
         cls,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edgeseg.classes import ClassList
 from edgeseg.dataset import Dataset, open_dataset
-from edgeseg.errors import DataError, RequestError
+from edgeseg.errors import DataError
 from edgeseg.export.augment import Augmentation
 from edgeseg.export.losses import (
     bootstrapped_cross_entropy,
@@ -24,7 +24,7 @@ from edgeseg.export.models import create_semantic
 from edgeseg.export.models.network import Network
 from edgeseg.export.models.semantic import SemanticNetwork
 from edgeseg.export.preprocess import evaluate_network
-from edgeseg.export.recipe import FRAMES_PREFIX, Recipe
+from edgeseg.export.recipe import Recipe
 from edgeseg.export.training_task import Batch, Batches, Score, TrainingTask
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class SemanticTraining(TrainingTask[SemanticTruth]):
         teacher: Teacher | None = None,
     ) -> None:
         self._recipe = recipe
+        recipe.check_labels(teacher)
         opened = {
             source: open_dataset(source.uri, source.split)
             for source in recipe.sources
@@ -104,11 +105,6 @@ class SemanticTraining(TrainingTask[SemanticTruth]):
         }
         self._checks = [open_dataset(uri, split) for uri, split in validate]
         labelled = [*opened.values(), *self._checks]
-        if teacher is None and any(source.unlabelled for source in recipe.sources):
-            raise RequestError(
-                f"{FRAMES_PREFIX} has no labels, so a teacher gives them; name one with "
-                "`edgeseg distill ... --teacher`"
-            )
         if teacher is not None and not labelled:
             self._classes = teacher.classes
         else:

@@ -174,7 +174,7 @@ class _Run:
         self._task: TrainingTask[Any] = (
             SemanticTraining(recipe, validate, teacher)
             if entry.task == "semantic"
-            else InstanceTraining(recipe, validate)
+            else InstanceTraining(recipe, validate, teacher)
         )
         self._network = self._task.network
         if start is not None:

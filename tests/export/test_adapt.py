@@ -25,13 +25,17 @@ from edgeseg.errors import CalibrationError, DataError, RequestError
 from edgeseg.export.adapt import AdaptRequest, adapt_bundle
 from edgeseg.export.distill import Teacher, open_teacher
 from edgeseg.export.distillation import Distillation
+from edgeseg.export.instance_training import InstanceTraining
 from edgeseg.export.models import create, create_semantic, definition
 from edgeseg.export.preprocess import class_map_of
-from edgeseg.export.pseudo import PseudoLabelled
+from edgeseg.export.pseudo import PseudoLabelled, PseudoObjects
 from edgeseg.export.recipe import Recipe, Source
 from edgeseg.export.semantic_training import SemanticTraining
+from edgeseg.export.torchengine import TorchEngine
 from edgeseg.export.train import train
 from edgeseg.export.weights import load_weights
+from edgeseg.instance_dataset import SyntheticInstances
+from edgeseg.instances import InstanceOutputs
 from edgeseg.metrics import ConfusionMatrix
 
 
@@ -117,6 +121,85 @@ def test_frames_that_cannot_be(camera: Path, tmp_path: Path) -> None:
         labelled(f"frames:{camera}", objects)
 
 
+def found_objects(size: tuple[int, int]) -> InstanceOutputs:
+    """Three objects of masks a quarter of ``size``: of 0.95, of 0.5, of 0.05, and an empty one."""
+    masks = np.zeros((4, size[0] // 4, size[1] // 4), np.uint8)
+    masks[0, 4:12, 2:10] = masks[1, 4:12, 16:28] = masks[2, :4, :4] = 255
+    boxes = [(8, 16, 40, 48), (64, 16, 112, 48), (0, 0, 16, 16), (50, 50, 60, 60)]
+    return InstanceOutputs(
+        boxes=np.array(boxes, np.float32),
+        scores=np.array([0.95, 0.5, 0.05, 0.97], np.float32),
+        labels=np.array([2, 0, 1, 0], np.int32),
+        masks=masks,
+    )
+
+
+def test_objects_that_the_teacher_is_sure_of(camera: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    class Finding(TorchEngine):
+        def run(self, pixels: Any) -> InstanceOutputs:
+            seen.append(pixels)
+            return found_objects((96, 128))
+
+    monkeypatch.setattr("edgeseg.export.pseudo.TorchEngine", Finding)
+    entry = definition("yolact_resnet18")
+    teacher = Teacher(create("yolact_resnet18", 4), entry.preprocessing)
+
+    def labelled(confidence: float) -> PseudoObjects:
+        return PseudoObjects(
+            f"frames:{camera}", teacher, size=(96, 128), count=3, confidence=confidence
+        )
+
+    made = labelled(0.9)
+    assert len(made) == 3 and made.labelled == 3 and made.classes == teacher.classes.names
+    sample = made.sample(0)
+    np.testing.assert_array_equal(sample.pixels, seen[0])
+    # The one of 0.5 teaches nothing, and where it said 0.05 there is none.
+    assert [(each.label, each.crowd) for each in sample.annotations] == [(2, False), (0, True)]
+    borders = ((8, 16, 40, 48), (64, 16, 112, 48))
+    for each, border in zip(sample.annotations, borders, strict=True):
+        left, top, right, bottom = border
+        x, y, width, height = each.box
+        np.testing.assert_allclose((x, y, x + width, y + height), border, atol=2)
+        mask = each.mask(96, 128)
+        assert int(mask.sum()) == each.area > 0.8 * (right - left) * (bottom - top)
+        assert not mask[:, : int(x)].any() and not mask[int(y + height) :].any()
+    # What a caller does to a sample is its own business.
+    sample.pixels[:] = 0
+    assert made.sample(0).pixels.any()
+    assert len(made.hashes()) == 3
+    with pytest.raises(IndexError):
+        made.sample(3)
+    crowds = [[each.crowd for each in labelled(at).sample(0).annotations] for at in (0.5, 0.0)]
+    assert crowds == [[False, False], [False, False, False]]
+    with pytest.raises(DataError, match=r"sure of no object in .* lower confidence"):
+        labelled(0.99)
+
+
+def test_objects_are_found_by_a_teacher_of_objects(camera: Path, tmp_path: Path) -> None:
+    teacher = open_teacher("street-objects", "yolact_resnet18", (96, 128))
+    assert teacher.size == (384, 512) and teacher.classes.names == SyntheticInstances.classes
+    with pytest.raises(RequestError, match="a teacher that finds objects"):
+        PseudoObjects(f"frames:{camera}", Sure(), size=(96, 128), count=2, confidence=0.9)
+    with pytest.raises(CalibrationError):
+        PseudoObjects(
+            f"frames:{tmp_path / 'none'}", teacher, size=(96, 128), count=2, confidence=0.9
+        )
+    both = recipe(
+        f"frames:{camera}",
+        "synthetic:?size=96x128&frames=4",
+        model="yolact_resnet18",
+        distillation=Distillation(alpha=1.0, confidence=0.4, frames=3),
+    )
+    teacher.size = (192, 256)
+    task = InstanceTraining(both, (), teacher)
+    assert task.classes == SyntheticInstances.classes
+    assert task.batches.drawn(np.random.default_rng(0)).images.shape == (4, 96, 128, 3)
+    with pytest.raises(RequestError, match="a teacher gives them; name one"):
+        InstanceTraining(both, ())
+
+
 def recipe(*uris: str, **changes: Any) -> Recipe:
     given: dict[str, Any] = {
         "model": "bisenetv2",
@@ -175,13 +258,16 @@ def test_names_of_a_checkpoints_classes_are_numbers() -> None:
     ("bundle", "message"),
     [
         ("streets-int8", "integers are not trained; adapt the bundle that it came from"),
-        ("street-objects", "semantic models of an architecture"),
+        ("tiny", "models of an architecture in `edgeseg models`"),
     ],
 )
-def test_bundles_that_cannot_be_adapted(bundle: str, message: str, tmp_path: Path) -> None:
+def test_bundles_that_cannot_be_adapted(
+    bundle: str, message: str, bundle_folder: Path, tmp_path: Path
+) -> None:
+    name = str(bundle_folder) if bundle == "tiny" else bundle
     with pytest.raises(RequestError, match=message):
-        adapt_bundle(AdaptRequest(bundle, ("synthetic:",)), tmp_path / "mine")
-    assert not list(tmp_path.iterdir())
+        adapt_bundle(AdaptRequest(name, ("synthetic:",)), tmp_path / "mine")
+    assert list(tmp_path.iterdir()) == [bundle_folder]
 
 
 def test_places_that_cannot_take_the_bundle(tmp_path: Path) -> None:
@@ -196,25 +282,30 @@ def test_places_that_cannot_take_the_bundle(tmp_path: Path) -> None:
         adapt_bundle(AdaptRequest(str(own), ("synthetic:",)), own)
 
 
-def small(tmp_path: Path) -> Path:
-    """``streets`` at a size that takes no time."""
+def small(tmp_path: Path, model: str = "streets") -> Path:
+    """``model`` at a size that takes no time."""
     target = tmp_path / "small"
-    arguments = ["export", "streets", "--size", "96x128", "-o", str(target)]
+    arguments = ["export", model, "--size", "96x128", "-o", str(target)]
     assert main(arguments) == 0
     return target
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("model", "confidence"), [("streets", "0.6"), ("street-objects", "0.3")])
 def test_a_model_gets_used_to_a_camera(
-    tmp_path: Path, camera: Path, capsys: pytest.CaptureFixture[str]
+    model: str,
+    confidence: str,
+    tmp_path: Path,
+    camera: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The whole command; the original stays, and nothing else is left behind."""
-    before = small(tmp_path)
+    before = small(tmp_path, model)
     original = (before / "model.onnx").read_bytes()
     target = tmp_path / "mine"
     capsys.readouterr()
     arguments = ["adapt", str(before), "--video", str(camera), "-o", str(target)]
-    options = ["--steps", "3", "--frames", "4", "--confidence", "0.6", "--json", "-"]
+    options = ["--steps", "3", "--frames", "4", "--confidence", confidence, "--json", "-"]
     assert main([*arguments, *options]) == 0
     out, _ = capsys.readouterr()
     assert json.loads(out)["bundle"] == str(target)
