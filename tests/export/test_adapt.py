@@ -319,18 +319,18 @@ def test_a_model_gets_used_to_a_camera(
 
 @pytest.mark.slow
 def test_adapting_helps_on_a_dark_camera(tmp_path: Path) -> None:
-    """Unlabelled frames of a camera that is darker than all it knows raise mIoU there."""
+    """Unlabelled frames of a camera darker and bluer than all it knows raise mIoU there."""
     folder = tmp_path / "dark"
     folder.mkdir()
 
     def darkened(pixels: Any) -> Any:
-        return ((pixels / 255.0) ** 2 * 140).astype(np.uint8)
+        return ((pixels / 255.0) ** 2 * (90, 40, 20)).astype(np.uint8)
 
     for index, sample in enumerate(open_dataset("synthetic:?frames=24&size=192x256", "test")):
         cv2.imwrite(str(folder / f"{index}.png"), darkened(sample.pixels))
     teacher = open_teacher("streets", "bisenetv2", (192, 256))
     teacher.size = (192, 256)
-    request = AdaptRequest("streets", (str(folder),), steps=30, learning_rate=3e-4)
+    request = AdaptRequest("streets", (str(folder),), steps=30)
     bundle = Bundle.open("streets")
     made = recipe(
         f"frames:{folder}",
@@ -338,7 +338,7 @@ def test_adapting_helps_on_a_dark_camera(tmp_path: Path) -> None:
         full_height=192,
         steps=30,
         colour=0.3,
-        learning_rate=3e-4,
+        learning_rate=request.learning_rate,
         class_weights=0.0,
         average=0.9,
         distillation=request.recipe(bundle).distillation,
@@ -355,4 +355,4 @@ def test_adapting_helps_on_a_dark_camera(tmp_path: Path) -> None:
                 found = class_map_of(network, darkened(sample.pixels), (192, 256))
                 confusion.update(found, sample.labels)
         scores.append(confusion.miou())
-    assert scores[1] > scores[0] + 0.01
+    assert scores[1] > scores[0] + 0.05
