@@ -122,7 +122,7 @@ def prune_checkpoint(
     It is a plain state_dict that ``load_weights``, and with it every other command, takes wherever
     a checkpoint of the model goes. ``device`` and ``workers``: as for ``train``, where the request
     has a recipe; its distillation learns from the model as it was. What such trainings have done
-    stands beside the target in ``NAME.steps`` until the target is written, and a second call goes
+    stands beside the target in ``NAME.pt.steps`` until the target is written, and a second call goes
     on where the first was stopped.
 
     RequestError, WeightsError and EngineError come before any long work where that can be; see
@@ -212,7 +212,8 @@ class _Training:
             name = request.weights or request.model
             self._teacher = open_teacher(name, architecture, self._recipe.crop)
         self._steps = request.steps
-        self._folder = target.with_name(f"{target.stem}.steps")
+        # Not what `edgeseg compress` calls the folder of its steps, which is to be kept.
+        self._folder = target.with_name(f"{target.name}.steps")
         self._device, self._workers = device, workers
 
     def showing(self, update: Callable[[int, int], None]) -> Finetune:

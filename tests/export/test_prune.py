@@ -449,6 +449,9 @@ def test_a_recipe_trains_after_each_step(
 ) -> None:
     recipe, out = tmp_path / "recipe.toml", tmp_path / "small.pt"
     recipe.write_text(RECIPE + ("[distillation]\nalpha = 0.5\n" if teaches else ""))
+    # What `edgeseg compress -o small` leaves there is not to be touched.
+    (tmp_path / "small.steps").mkdir()
+    (tmp_path / "small.steps" / "1-pruned.pt").write_bytes(b"mine")
     seen: list[tuple[dict[str, Any], dict[str, Any]]] = []
     calls = 0
 
@@ -484,8 +487,9 @@ def test_a_recipe_trains_after_each_step(
     written = read_weights(out)
     assert all(torch.equal(written[name], tensor) for name, tensor in seen[1][1].items())
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "recipe.toml", "small.pt", "tiny.pt",
+        "recipe.toml", "small.pt", "small.steps", "tiny.pt",
     ]  # fmt: skip
+    assert (tmp_path / "small.steps" / "1-pruned.pt").read_bytes() == b"mine"
     assert leftovers(tmp_path) == []
     assert "train it further" not in capsys.readouterr().out
 
