@@ -122,8 +122,8 @@ def prune_checkpoint(
     It is a plain state_dict that ``load_weights``, and with it every other command, takes wherever
     a checkpoint of the model goes. ``device`` and ``workers``: as for ``train``, where the request
     has a recipe; its distillation learns from the model as it was. What such trainings have done
-    stands beside the target in ``NAME.pt.steps`` until the target is written, and a second call goes
-    on where the first was stopped.
+    stands beside the target in ``NAME.pt.steps`` until the target is written, and a second call
+    goes on where the first was stopped.
 
     RequestError, WeightsError and EngineError come before any long work where that can be; see
     `read_network`, `open_frames`, `EngineStopwatch`, `prune` and `train`.
